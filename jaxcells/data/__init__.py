@@ -1,0 +1,1 @@
+"""From image files to batches, in NumPy alone: nothing under this package imports JAX."""

@@ -1,0 +1,1 @@
+"""Figures with confidence intervals, from a trained workdir."""
