@@ -37,6 +37,7 @@ class CropSet:
       records: the lines of manifest.csv.
       class_names: sorted; the position is the label.
       settings: what the set was drawn with, by config key.
+      came_split: whether the image folder brought its own split.
       field_kinds: for every class, the counts of its images' sizes, channels, dtypes and suffixes.
       notes: what was left out or interpreted on the way.
     """
@@ -45,6 +46,7 @@ class CropSet:
     records: tuple[CropRecord, ...]
     class_names: tuple[str, ...]
     settings: Mapping[str, Any]
+    came_split: bool
     field_kinds: Mapping[str, Mapping[str, Mapping[str, int]]]
     notes: tuple[str, ...]
 
@@ -264,6 +266,7 @@ def open_crop_set(directory: Path, *, settings: Mapping[str, Any] | None = None)
         records=tuple(records),
         class_names=tuple(sorted({record.label for record in records})),
         settings=drawn,
+        came_split=description["came_split"],
         field_kinds=description["field_kinds"],
         notes=tuple(description["notes"]),
     )
@@ -284,7 +287,8 @@ def verify_pixels(crop_set: CropSet) -> None:
     if changed:
         raise Error(
             f"{crop_set.directory / changed[0]}: the pixels are not those of manifest.csv "
-            f"({len(changed)} of {len(good)} crops were changed); delete {crop_set.directory} to draw "
+            f"({len(changed)} of {len(good)} crops were changed); delete {crop_set.directory} to "
+            "draw "
             "again"
         )
 
@@ -295,7 +299,7 @@ def manifest_sha256(crop_set: CropSet) -> str:
 
 
 def _check_same_sources(crop_set: CropSet, root: str | os.PathLike[str], plane: str) -> None:
-    """Refuses a crop set whose image folder has changed since; a folder that is away is no fault."""
+    """Refuses a crop set whose image folder changed since; a folder that is away is no fault."""
     root = Path(root).expanduser()
     if not root.is_dir():
         logger.info("%s is not there; going on with the crops drawn from it", root)
@@ -307,8 +311,10 @@ def _check_same_sources(crop_set: CropSet, root: str | os.PathLike[str], plane: 
         gone, new = sorted(drawn - present), sorted(present - drawn)
         names = ", ".join(line.split("\t")[0] for line in (new + gone)[:3])
         raise Error(
-            f"{root}: images changed since {crop_set.directory} was drawn ({len(new)} new or changed, "
-            f"{len(gone)} gone or changed: {names}); choose another --workdir, or delete that folder "
+            f"{root}: images changed since {crop_set.directory} was drawn ({len(new)} new or "
+            "changed, "
+            f"{len(gone)} gone or changed: {names}); choose another --workdir, or delete that "
+            "folder "
             "to draw again"
         )
 

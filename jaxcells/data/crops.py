@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -79,7 +79,10 @@ def draw_crops(
     elif not split_crops or size is None:
         # Used whole, an image is a crop: to split crops is to split images.
         side_of_group = allot(
-            fields, counts, split_by="field" if size is None and split_crops else split_by, seed=seed
+            fields,
+            counts,
+            split_by="field" if size is None and split_crops else split_by,
+            seed=seed,
         )
         side_of = {field.name: side_of_group[field.group] for field in fields}
 
@@ -89,9 +92,7 @@ def draw_crops(
         shares = _shares(fields, side_of, counts, seed)
 
         def draw(field: Field) -> list[tuple[int, int]]:
-            return _positions(
-                field, shares[field.name], size, seed, border, min_foreground, plane
-            )
+            return _positions(field, shares[field.name], size, seed, border, min_foreground, plane)
 
         if min_foreground > 0:
             positions = parallel_map(draw, fields, title="looking for foreground")
@@ -102,7 +103,9 @@ def draw_crops(
             crops = _split_at_random(drawn, counts, seed)
         else:
             crops = [Crop(field, y, x, side_of[field.name]) for field, y, x in drawn]
-    return sorted(crops, key=lambda c: (SIDES.index(c.split), c.field.label, c.field.name, c.y, c.x))
+    return sorted(
+        crops, key=lambda c: (SIDES.index(c.split), c.field.label, c.field.name, c.y, c.x)
+    )
 
 
 def _shares(
@@ -152,7 +155,8 @@ def _positions(
         raise Error(
             f"{field.path}: {number} crops of {size}x{size} are to come from this image of "
             f"{field.info.height}x{field.info.width}, and only {capacity} distinct ones fit; lower "
-            "--config.data.crops_per_class (and data.split), use a smaller --config.data.crop_size, "
+            "--config.data.crops_per_class (and data.split), use a smaller "
+            "--config.data.crop_size, "
             f"or add images to class {field.label!r}"
         )
     top, right, _, left = border
@@ -179,13 +183,14 @@ def _positions(
     if len(places) < number:
         raise Error(
             f"{field.path}: only {len(places)} of {tried} random crops have the foreground that "
-            f"data.min_foreground={min_foreground:g} asks for, and {number} are needed (the fullest "
+            f"data.min_foreground={min_foreground:g} asks for, and {number} are needed (the "
+            "fullest "
             f"has {best:.2f}); lower --config.data.min_foreground or take this image out"
         )
     return places
 
 
-def _distinct(rng: np.random.Generator, capacity: int, number: int):  # type: ignore[no-untyped-def]
+def _distinct(rng: np.random.Generator, capacity: int, number: int) -> Iterator[int]:
     """Yields up to `number` distinct integers below `capacity`, uniformly.
 
     The first n of them are the same for every `number`.

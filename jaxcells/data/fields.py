@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxcells.data.images import SUFFIXES, ImageError, ImageInfo, inspect_image
@@ -28,9 +28,9 @@ _SIDE_NAMES = {
     "testing": "test",
 }
 # Written by microscopes: leaving them out unasked would drop somebody's data.
-_UNREAD_FORMATS = frozenset(
-    ".czi .nd2 .lif .lsm .oib .oif .vsi .scn .svs .ims .mrxs .ndpi .dv .zvi .heic .heif .webp .gif "
-    ".jp2 .dcm .zarr".split()
+_UNREAD_FORMATS = (
+    *(".czi", ".nd2", ".lif", ".lsm", ".oib", ".oif", ".vsi", ".scn", ".svs", ".ims", ".mrxs"),
+    *(".ndpi", ".dv", ".zvi", ".heic", ".heif", ".webp", ".gif", ".jp2", ".dcm", ".zarr"),
 )
 
 
@@ -63,7 +63,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
     Hidden files and files that are no images are left out; the log says how many.
 
     Args:
-      root: folder with one sub-folder per class, or with `train`, `val` and `test` folders of those.
+      root: folder with one sub-folder per class, or with `train`, `val`, `test` folders of those.
       plane: which plane of a stack to read, see `read_image`.
 
     Raises:
@@ -85,6 +85,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
         )
     sides = {name: _SIDE_NAMES[name.lower()] for name in folders if name.lower() in _SIDE_NAMES}
     came_split = {"train", "test"} <= set(sides.values())
+    class_folders: list[tuple[str | None, str, Path]]
     if came_split:
         _check_sides(root, folders, sides)
         class_folders = [
@@ -100,11 +101,11 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
     ignored: list[Path] = [path for path in root.iterdir() if path.is_file() and not _hidden(path)]
     unread: list[Path] = []
     empty: list[str] = []
-    for side, label, folder in class_folders:
+    for split, label, folder in class_folders:
         before = len(found)
         for path in _files_below(folder):
             if _is_image(path):
-                found.append((side, label, folder, path))
+                found.append((split, label, folder, path))
             elif path.suffix.lower() in _UNREAD_FORMATS:
                 unread.append(path)
             else:
@@ -114,7 +115,8 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
 
     if unread:
         raise Error(
-            f"{root}: {len(unread)} files are in a format that is not read ({_examples(unread, root)}); "
+            f"{root}: {len(unread)} files are in a format that is not read "
+            f"({_examples(unread, root)}); "
             "export them as TIFF or OME-TIFF, or move them out of the folder"
         )
     if not found:
@@ -136,15 +138,17 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
             "a classifier needs at least two class folders"
         )
     if ignored:
-        logger.info("ignored %d files that are no images: %s", len(ignored), _examples(ignored, root))
+        logger.info(
+            "ignored %d files that are no images: %s", len(ignored), _examples(ignored, root)
+        )
 
     infos = _inspect_all([path for _, _, _, path in found], root, plane)
     fields = []
-    for (side, label, folder, path), info in zip(found, infos, strict=True):
+    for (split, label, folder, path), info in zip(found, infos, strict=True):
         below = path.relative_to(folder).parts
         name = path.relative_to(root).as_posix()
         channel = below[0] if len(below) > 1 else ""
-        fields.append(Field(path, label, channel, name, name, info, side))
+        fields.append(Field(path, label, channel, name, name, info, split))
     return sorted(fields, key=lambda field: field.name)
 
 
@@ -186,7 +190,8 @@ def usable_fields(
                 "--config.data.crop_size=0 to use the images whole"
             )
         notes = [
-            f"{num_all[label] - num_kept[label]} of {num_all[label]} images of {label!r} are smaller "
+            f"{num_all[label] - num_kept[label]} of {num_all[label]} images of {label!r} are "
+            "smaller "
             f"than the {crop_size}x{crop_size} crop{within} and give no crops"
             for label in sorted(num_all)
             if num_all[label] != num_kept[label]
@@ -212,7 +217,7 @@ def image_notes(fields: Sequence[Field]) -> list[str]:
     return [f"{count} images: {note}" for note, count in sorted(counts.items())]
 
 
-def _check_uniform(fields: Sequence[Field], describe, what: str) -> None:  # type: ignore[no-untyped-def]
+def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:
     examples: dict[str, Field] = {}
     counts: collections.Counter[str] = collections.Counter()
     for field in fields:
@@ -246,17 +251,19 @@ def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
     others = sorted(set(folders) - set(sides))
     if others:
         raise Error(
-            f"{root}: folders {_some(sorted(sides))} look like a split, {_some(others)} like classes; "
+            f"{root}: folders {_some(sorted(sides))} look like a split, {_some(others)} like "
+            "classes; "
             "use either root/<class>/ or root/{train,val,test}/<class>/"
         )
     if len(set(sides.values())) < len(sides) or "val" not in sides.values():
         raise Error(
-            f"{root}: a folder that comes split needs train, val and test, and has {_some(sorted(sides))}"
+            f"{root}: a folder that comes split needs train, val and test, and has "
+            f"{_some(sorted(sides))}"
             "; rename the folders, or put the classes directly below the root to have them split"
         )
 
 
-def _check_same_classes(root: Path, class_folders: list[tuple[str, str, Path]]) -> None:
+def _check_same_classes(root: Path, class_folders: list[tuple[str | None, str, Path]]) -> None:
     classes = {side: {label for s, label, _ in class_folders if s == side} for side in SIDES}
     everywhere = set.intersection(*classes.values())
     for side in SIDES:

@@ -1,8 +1,9 @@
 """How much of a crop shows cells, told by texture rather than by brightness.
 
 Illumination, staining and phase contrast make cells brighter or darker than their surroundings, or
-both; what they share is local contrast. A block of 8x8 pixels counts as foreground when its standard
-deviation exceeds twice that of the field's background, taken as the tenth percentile over its blocks.
+both; what they share is local contrast. A block of 8x8 pixels counts as foreground when its
+standard deviation exceeds twice that of the field's background, which is the tenth percentile over
+its blocks.
 """
 
 import numpy as np

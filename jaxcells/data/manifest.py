@@ -74,8 +74,10 @@ def read_manifest(path: Path) -> list[CropRecord]:
         raise Error(f"{path}: not a manifest: its first line should be {','.join(_COLUMNS)}")
     try:
         return [
-            CropRecord(*row[:5], y=int(row[5]), x=int(row[6]), split=row[7], sha256=row[8])
-            for row in rows[1:]
+            CropRecord(crop, label, channel, source, group, int(y), int(x), split, sha256)
+            for crop, label, channel, source, group, y, x, split, sha256 in rows[1:]
         ]
-    except (ValueError, IndexError) as error:
-        raise Error(f"{path}: a line is damaged ({error}); delete {path.parent}, draw again") from error
+    except ValueError as error:
+        raise Error(
+            f"{path}: a line is damaged ({error}); delete {path.parent}, draw again"
+        ) from error

@@ -137,7 +137,8 @@ def _allot_jointly(
             return allotted
     raise Error(
         f"data.split_by={split_by!r}: found no way to give each of the classes "
-        f"{', '.join(labels)} a group on every side, with {len(groups)} groups shared between them; "
+        f"{', '.join(labels)} a group on every side, with {len(groups)} groups shared between "
+        "them; "
         "use a finer group or --config.data.split_by=field"
     )
 

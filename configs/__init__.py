@@ -1,0 +1,1 @@
+"""Experiments: `default.py` is the recipe, the others change a few of its keys."""

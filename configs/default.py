@@ -1,0 +1,75 @@
+"""The recipe of the reference study: ResNet-34 fine-tuned on 200x200 crops, 954 per class.
+
+python launch.py --config configs/default.py --config.data.root=FOLDER
+
+Every key is here, with what it may be. The other configs change a few of them, and any can be
+changed on the command line: `--config.train.num_epochs=10`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    # Seed of everything random: crops, split, initialisation, order, augmentation.
+    config.seed = 0
+    # "imagenet", "random", a .safetensors file, or the workdir of an earlier run.
+    config.init = "imagenet"
+
+    config.model = ConfigDict()
+    # resnet or plain (the same without shortcuts), followed by 18, 34, 50, 101 or 152.
+    config.model.name = "resnet34"
+    # Precision of the computation, "float32" or "bfloat16"; parameters stay float32.
+    config.model.dtype = "float32"
+    # Channels of the first stage; ImageNet weights need 64.
+    config.model.width = 64
+    # Start every residual block as the identity (with init="random").
+    config.model.zero_init_residual = False
+
+    config.data = ConfigDict()
+    # "folder": images under data.root. "sample": the built-in simulation. "tfds:NAME": a set that
+    # TensorFlow Datasets has prepared. "": the folder if data.root is set, else the sample.
+    config.data.source = ""
+    # Folder with one sub-folder per class (and below it, one per channel), or the TFDS data folder.
+    config.data.root = ""
+    # Side of a crop in pixels; 0 uses every image whole.
+    config.data.crop_size = 200
+    config.data.crops_per_class = 954
+    # Crops per class for train, val and test; the sum is crops_per_class.
+    config.data.split = (754, 100, 100)
+    # What stays on one side of the split: "field", "channel", a regular expression whose group 1
+    # names the group in an image's path (plate, patient, day), or "crop": nothing, as in the study.
+    config.data.split_by = "field"
+    # Pixels to leave out at the top, right, bottom and left of every image (burnt-in scale bars).
+    config.data.border = (0, 0, 0, 0)
+    # Redraw crops with less than this fraction of foreground; 0 keeps all.
+    config.data.min_foreground = 0.0
+    # Which plane of a stack to read, such as "T=0" or "Z=3,T=0".
+    config.data.plane = ""
+    # "imagenet" (8-bit), "percentile" (0.5 and 99.5 % of the training crops), or "auto".
+    config.data.normalize = "auto"
+    # Random flips and quarter turns of every training crop.
+    config.data.augment = ConfigDict()
+    config.data.augment.dihedral = False
+    # Random gain and offset of every training crop, as a fraction of the normalised range.
+    config.data.augment.intensity = 0.0
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 0.001
+    config.optim.momentum = 0.9
+    config.optim.weight_decay = 0.0
+    # "constant" or "cosine" (to zero at the last step).
+    config.optim.schedule = "constant"
+    config.optim.label_smoothing = 0.0
+    # "none", or "balanced": every class weighs the same, however many crops it has.
+    config.optim.class_weights = "none"
+
+    config.train = ConfigDict()
+    # Over all devices.
+    config.train.batch_size = 32
+    config.train.num_epochs = 50
+
+    config.checkpoint = ConfigDict()
+    # Save within an epoch too, every so many steps; 0 saves at the end of each epoch.
+    config.checkpoint.every_steps = 0
+    return config

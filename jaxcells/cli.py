@@ -1,0 +1,175 @@
+"""The command line: flags and verbs, one call a verb, expected errors as one clear line."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxcells.config import validate
+from jaxcells.errors import Error
+from jaxcells.logs import set_up_logging
+
+logger = logging.getLogger("jaxcells")
+
+_HELP = """\
+jaxcells: from folders of microscope images, one per cell line, to a tested classifier.
+
+  python launch.py [VERB] --config FILE [--workdir FOLDER] [--config.KEY=VALUE ...]
+
+verbs
+  train      make crops, train, test the best checkpoint once (the default);
+             the same command resumes a run that was stopped
+  crop       make the crops and their manifest only
+  check      make or verify the crops, and audit them for leaks
+  evaluate   figures of a trained workdir; --split=train|val|test (default val),
+             --checkpoint=best|latest|STEP (default best); --workdir is enough
+
+examples
+  python launch.py --config configs/demo.py
+  python launch.py --config configs/resnet34.py --config.data.root=FOLDER
+  python launch.py evaluate --workdir runs/resnet34 --split=test
+
+FOLDER has one sub-folder per class, each with images, or with one sub-folder of
+images per channel. Results go to --workdir, by default runs/<name of the config>:
+results.json, predictions_test.csv, curves.png, confusion.png, crops/, checkpoints/.
+Every key is explained in configs/default.py.
+"""
+
+_FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "The experiment: a file that defines get_config().")
+flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.")
+flags.DEFINE_string("split", "val", "For evaluate: train, val or test.")
+flags.DEFINE_string("checkpoint", "best", "For evaluate: best, latest or a step.")
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line and exits: 0 done, 2 an expected error, 128 + n stopped by signal n."""
+    sys.exit(main(sys.argv if argv is None else argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line, program name first, and returns the exit code."""
+    set_up_logging()
+    if len(argv) < 2 or {"-h", "--help", "-help", "help"} & set(argv[1:]):
+        print(_HELP, end="")
+        return 0
+    try:
+        _dispatch(argv)
+    except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dispatch(argv: Sequence[str]) -> None:
+    verb = _parse(argv)
+    if verb == "evaluate":
+        _evaluate()
+        return
+    config = _config()
+    validate(config)
+    _VERBS[verb](config, _workdir())
+
+
+def _parse(argv: Sequence[str]) -> str:
+    """Parses the flags and returns the verb."""
+    # A config may import its neighbours as `configs.NAME`, whatever the current folder.
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        match = re.fullmatch(r"--?config(?:=(.*))?", argument)
+        if match:
+            path = Path(match[1] or following)
+            if not path.is_file():
+                raise Error(f"--config: there is no file {path}; configs/ holds ours")
+            sys.path.insert(0, str(path.resolve().parent.parent))
+    # The flag library has no notation for "none" in a whole number.
+    argv = [re.sub(r"^(--?config\.data\.crop_size)=None$", r"\1=0", text) for text in argv]
+    try:
+        rest = _FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise Error(f"{error}; see --help") from error
+    except (AttributeError, KeyError) as error:  # how the config library reports an unknown key
+        text = " ".join(str(error).strip("\"'").replace("\\'", "'").split())
+        raise Error(f"unknown key in --config.KEY=VALUE: {text}; see configs/default.py") from error
+    verbs = [*_VERBS, "evaluate"]
+    if len(rest) > 1 or (rest and rest[0] not in verbs):
+        odd = rest[1] if rest[0] in verbs else rest[0]
+        raise Error(f"{odd!r} is not understood; the verbs are {', '.join(verbs)}; see --help")
+    return rest[0] if rest else "train"
+
+
+def _config() -> ConfigDict:
+    if _FLAGS.config is None:
+        raise Error("--config is missing; for instance --config configs/demo.py, see --help")
+    config: ConfigDict = _FLAGS.config
+    config.lock()
+    return config
+
+
+def _workdir() -> Path:
+    if _FLAGS.workdir is not None:
+        return Path(_FLAGS.workdir).expanduser()
+    if _FLAGS.config is None:
+        raise Error("--workdir is missing; give the folder of a run, see --help")
+    return Path("runs", Path(_FLAGS["config"].config_filename).stem)
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
+    from jaxcells.training.mesh import initialize_distributed
+
+    initialize_distributed()
+    import jax
+
+    from jaxcells.experiment import train_and_evaluate
+    from jaxcells.training.signals import Interrupted
+
+    set_up_logging(quiet=jax.process_index() > 0)
+    try:
+        train_and_evaluate(config, workdir)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal)
+
+
+def _crop(config: ConfigDict, workdir: Path) -> None:
+    from jaxcells.prepare import prepare_crops
+
+    prepare_crops(config, workdir)
+
+
+def _check(config: ConfigDict, workdir: Path) -> None:
+    from jaxcells.prepare import prepare_data
+
+    prepare_data(config, workdir).audit.raise_errors()
+
+
+def _evaluate() -> None:
+    from jaxcells.experiment import evaluate
+
+    which = _FLAGS.checkpoint
+    if which not in ("best", "latest"):
+        if not which.isdigit():
+            raise Error(f"--checkpoint={which} must be best, latest or a step")
+        which = int(which)
+    workdir = _workdir()
+    if not workdir.is_dir():
+        raise Error(f"{workdir}: no such workdir; train first, or give the folder of a run")
+    evaluate(workdir, split=_FLAGS.split, which=which)
+
+
+_VERBS: dict[str, Callable[[ConfigDict, Path], None]] = {
+    "train": _train,
+    "crop": _crop,
+    "check": _check,
+}

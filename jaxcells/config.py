@@ -1,0 +1,156 @@
+"""Checks a config before anything runs, stores it in the workdir, and compares the two."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxcells.data.images import parse_plane
+from jaxcells.data.splits import compile_group_pattern
+from jaxcells.errors import Error
+
+_SOURCE = re.compile(r"|folder|sample|tfds:.+")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value that can be checked without touching images or devices.
+
+    Raises:
+      Error: lists all mistakes at once, a line each.
+    """
+    mistakes = list(_mistakes(config))
+    if mistakes:
+        number = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
+        raise Error(f"the config has {number}:\n  " + "\n  ".join(mistakes))
+
+
+def data_source(config: ConfigDict) -> str:
+    """Returns "folder", "sample" or "tfds:NAME"."""
+    return config.data.source or ("folder" if config.data.root else "sample")
+
+
+def save_config(config: ConfigDict, path: Path) -> None:
+    """Writes a config as JSON."""
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_config(path: Path) -> ConfigDict:
+    """Reads what `save_config` wrote.
+
+    Raises:
+      Error: the file is missing or damaged.
+    """
+    try:
+        return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise Error(
+            f"{path}: missing; {path.parent} is not the workdir of a run, give its folder as "
+            "--workdir"
+        ) from None
+    except ValueError as error:
+        raise Error(f"{path}: damaged ({error}); restore it or choose another --workdir") from error
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns the keys in which two configs differ, with both values."""
+    before, after = dict(_flatten(old.to_dict())), dict(_flatten(new.to_dict()))
+    return [
+        f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:  # JSON knows no tuples
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _mistakes(config: ConfigDict) -> Iterator[str]:
+    data, optim = config.data, config.optim
+
+    def at_least(key: str, value: float, least: float) -> Iterator[str]:
+        if not value >= least:
+            yield f"{key}={value!r} must be {least} or more"
+
+    def one_of(key: str, value: str, choices: tuple[str, ...]) -> Iterator[str]:
+        if value not in choices:
+            yield f"{key}={value!r} must be one of {', '.join(choices)}"
+
+    if not 0 <= config.seed < 2**32:
+        yield f"seed={config.seed!r} must be from 0 to {2**32 - 1}"
+    if config.init not in ("imagenet", "random") and not Path(config.init).exists():
+        yield (
+            f"init={config.init!r} is neither imagenet nor random, and there is no such file or "
+            "workdir"
+        )
+
+    name = re.fullmatch(r"(resnet|plain)(18|34|50|101|152)", config.model.name)
+    if not name:
+        yield (
+            f"model.name={config.model.name!r} must be resnet or plain, then 18, 34, 50, 101 or 152"
+        )
+    elif name[1] == "plain" and config.init == "imagenet":
+        yield f"model.name={config.model.name!r} has no ImageNet weights; use --config.init=random"
+    yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    yield from at_least("model.width", config.model.width, 1)
+    if config.init == "imagenet" and config.model.width != 64:
+        yield f"model.width={config.model.width} does not fit init=imagenet, whose width is 64"
+
+    if not _SOURCE.fullmatch(data.source):
+        yield f"data.source={data.source!r} must be folder, sample, tfds:NAME or empty"
+    elif data.source == "folder" and not data.root:
+        yield "data.source='folder' needs a folder; set --config.data.root=FOLDER"
+    elif data.source == "sample" and data.root:
+        yield f"data.source='sample' does not read data.root={data.root!r}; leave one of them out"
+    crop_size = data.crop_size or 0
+    if crop_size and crop_size < 32:
+        yield f"data.crop_size={crop_size} must be 32 or more, or 0 to use images whole"
+    split = tuple(data.split)
+    if len(split) != 3 or not all(isinstance(n, int) and n >= 1 for n in split):
+        yield f"data.split={split} must be three whole numbers of 1 or more: train, val, test"
+    elif crop_size and sum(split) != data.crops_per_class:
+        held_out = max(1, round(data.crops_per_class * 100 / 954))
+        suggestion = (data.crops_per_class - 2 * held_out, held_out, held_out)
+        yield (
+            f"data.split={split} sums to {sum(split)}, and data.crops_per_class is "
+            f"{data.crops_per_class}; for instance "
+            f"--config.data.split={','.join(map(str, suggestion))}"
+        )
+    if data.split_by not in ("field", "channel", "crop"):
+        try:
+            compile_group_pattern(data.split_by)
+        except Error as error:
+            yield str(error)
+    if len(data.border) != 4 or not all(isinstance(n, int) and n >= 0 for n in data.border):
+        yield (
+            f"data.border={tuple(data.border)} must be four whole numbers: top, right, bottom, left"
+        )
+    if not 0 <= data.min_foreground <= 1:
+        yield f"data.min_foreground={data.min_foreground!r} must be from 0 to 1"
+    try:
+        parse_plane(data.plane)
+    except Error as error:
+        yield str(error)
+    yield from one_of("data.normalize", data.normalize, ("auto", "imagenet", "percentile"))
+    if not 0 <= data.augment.intensity < 1:
+        yield f"data.augment.intensity={data.augment.intensity!r} must be from 0 to below 1"
+
+    if not optim.learning_rate > 0:
+        yield f"optim.learning_rate={optim.learning_rate!r} must be above 0"
+    if not 0 <= optim.momentum < 1:
+        yield f"optim.momentum={optim.momentum!r} must be from 0 to below 1"
+    yield from at_least("optim.weight_decay", optim.weight_decay, 0)
+    yield from one_of("optim.schedule", optim.schedule, ("constant", "cosine"))
+    if not 0 <= optim.label_smoothing < 1:
+        yield f"optim.label_smoothing={optim.label_smoothing!r} must be from 0 to below 1"
+    yield from one_of("optim.class_weights", optim.class_weights, ("none", "balanced"))
+    yield from at_least("train.batch_size", config.train.batch_size, 2)
+    yield from at_least("train.num_epochs", config.train.num_epochs, 1)
+    yield from at_least("checkpoint.every_steps", config.checkpoint.every_steps, 0)

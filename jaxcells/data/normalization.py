@@ -1,0 +1,123 @@
+"""Pixels to network inputs: fitted once on the training split, stored, and used by every verb.
+
+ImageNet's mean and standard deviation are those of torchvision's pre-trained weights
+(https://pytorch.org/vision/stable/models.html).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxcells.errors import Error
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PERCENTILES = (0.5, 99.5)
+_MAX_FLOATS = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """(pixel - low) / (high - low), then (… - mean) / std, per channel; no value is clipped.
+
+    Attributes:
+      kind: "imagenet" or "percentile".
+      low: per channel of the image, what becomes 0.
+      high: per channel of the image, what becomes 1.
+      mean: per channel of the network's input.
+      std: per channel of the network's input.
+    """
+
+    kind: str
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Any) -> Any:
+        """Normalises a batch, as a NumPy array or inside a jitted JAX function.
+
+        Args:
+          images: [B, H, W, C], uint8, uint16 or float32.
+
+        Returns:
+          float32 [B, H, W, C'], where C' is 3 for C = 1 (three equal channels) and C otherwise.
+        """
+        low = np.asarray(self.low, np.float32)
+        span = np.asarray(self.high, np.float32) - low
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        # One multiplication and one addition a pixel: the constants are folded beforehand.
+        return images.astype(np.float32) * (1 / (span * std)) - (low / span + mean) / std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-serialisable form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Normalization":
+        """Inverts `to_dict`, also after a round trip through JSON."""
+        return cls(
+            kind=values["kind"],
+            **{name: tuple(values[name]) for name in ("low", "high", "mean", "std")},
+        )
+
+
+def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
+    """Fits the normalisation to the images of the training split.
+
+    Args:
+      images: [N, H, W, C], may be memory-mapped.
+      kind: "imagenet": 8-bit pixels over 255. "percentile": the 0.5 and 99.5 percentiles of each
+        channel become 0 and 1. Both then apply ImageNet's mean and standard deviation, or their
+        average where the image has neither one nor three channels. "auto": "imagenet" for 8-bit
+        grey and RGB, "percentile" for anything else.
+
+    Raises:
+      Error: "imagenet" for pixels that are not 8-bit grey or RGB, or a channel without contrast.
+    """
+    channels = images.shape[-1]
+    eight_bit_colour = images.dtype == np.uint8 and channels in (1, 3)
+    if kind == "auto":
+        kind = "imagenet" if eight_bit_colour else "percentile"
+    if kind == "imagenet":
+        if not eight_bit_colour:
+            raise Error(
+                "data.normalize='imagenet' is for 8-bit grey or RGB images, and these are "
+                f"{images.dtype.name} with {channels} channels; use "
+                "--config.data.normalize=percentile"
+            )
+        low, high = (0.0,) * channels, (255.0,) * channels
+    else:
+        bounds = [_percentiles(images[..., c]) for c in range(channels)]
+        flat = [c for c, (lower, upper) in enumerate(bounds) if lower == upper]
+        if flat:
+            raise Error(
+                f"channel {flat[0]} of the training crops has no contrast: its 0.5 and 99.5 "
+                f"percentiles are both {bounds[flat[0]][0]:g}; leave that channel out, or raise "
+                "--config.data.min_foreground if most crops are empty"
+            )
+        low, high = zip(*bounds, strict=True)
+    if channels in (1, 3):
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    else:
+        mean = (float(np.mean(IMAGENET_MEAN)),) * channels
+        std = (float(np.mean(IMAGENET_STD)),) * channels
+    return Normalization(kind, low, high, mean, std)
+
+
+def _percentiles(channel: np.ndarray) -> tuple[float, float]:
+    """Returns the percentiles of [N, H, W]: exact for integers, of a regular sample for floats."""
+    if channel.dtype.kind == "f":
+        step = -(-channel.size // _MAX_FLOATS)
+        # Whole images would leave out others, so every image is thinned.
+        pixels = channel.reshape(len(channel), -1)[:, ::step]
+        lower, upper = np.percentile(pixels, PERCENTILES, method="lower")
+        return float(lower), float(upper)
+    counts = np.zeros(np.iinfo(channel.dtype).max + 1, np.int64)
+    for image in channel:
+        counts += np.bincount(image.ravel(), minlength=len(counts))
+    rank = np.asarray(PERCENTILES) / 100 * (counts.sum() - 1)
+    lower, upper = np.searchsorted(np.cumsum(counts), np.floor(rank), side="right")
+    return float(lower), float(upper)

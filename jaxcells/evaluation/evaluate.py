@@ -1,0 +1,152 @@
+"""Figures of a trained run on one split: every crop once, intervals over fields."""
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxcells.data.arrays import SplitArrays
+from jaxcells.data.loader import eval_batches
+from jaxcells.data.manifest import CropRecord
+from jaxcells.data.normalization import Normalization
+from jaxcells.evaluation.metrics import classification_metrics
+from jaxcells.models import create_model
+from jaxcells.training import mesh
+from jaxcells.training.checkpoints import Which, restore_variables
+from jaxcells.training.state import TrainState, inference_state
+from jaxcells.training.steps import make_predict_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNetwork:
+    """A network from a checkpoint, with all that using it needs.
+
+    Attributes:
+      state: parameters and statistics on the devices.
+      normalization: pixels to inputs, as in training.
+      class_names: the position is the label.
+      step: the checkpoint's.
+      meta: what else was stored with it.
+    """
+
+    state: TrainState
+    normalization: Normalization
+    class_names: tuple[str, ...]
+    step: int
+    meta: dict[str, Any]
+
+
+def load_network(workdir: Path, which: Which = "best") -> TrainedNetwork:
+    """Restores a network from a workdir, which is all that is needed.
+
+    Args:
+      workdir: the folder of a run.
+      which: a step, "latest" or "best".
+
+    Raises:
+      Error: no such checkpoint, or it is damaged.
+    """
+    variables, meta = restore_variables(workdir / "checkpoints", which)
+    model = create_model(**meta["model"])
+    state = mesh.replicate(inference_state(model, variables), mesh.make_mesh())
+    return TrainedNetwork(
+        state=state,
+        normalization=Normalization.from_dict(meta["normalization"]),
+        class_names=tuple(meta["class_names"]),
+        step=meta["step"],
+        meta=meta,
+    )
+
+
+def predict_split(
+    network: TrainedNetwork, split: SplitArrays, batch_size: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Predicts every crop of a split with one jitted step.
+
+    Args:
+      network: the network.
+      split: its pixels; labels are not looked at.
+      batch_size: B, over all devices.
+
+    Returns:
+      Probabilities float32 [N, K] in the order of the split, and {"compile_s", "evaluate_s"}.
+    """
+    devices = mesh.make_mesh()
+    rows = mesh.local_rows(batch_size, devices)
+    step: Any = mesh.jit_predict_step(make_predict_step(network.normalization), devices)
+    probabilities = []
+    start = time.monotonic()
+    compile_s = 0.0
+    batches = eval_batches(split.images, split.labels, batch_size, rows)
+    total = -(-len(split.labels) // batch_size)
+    for number, batch in enumerate(tqdm(batches, total=total, unit="batch", disable=None)):
+        sharded = {"image": mesh.shard_batch(batch, devices)["image"]}
+        if number == 0:
+            step = step.lower(network.state, sharded).compile()
+            compile_s = time.monotonic() - start
+        probabilities.append(jax.device_get(step(network.state, sharded)))
+    seconds = time.monotonic() - start - compile_s
+    return np.concatenate(probabilities)[: len(split.labels)], {
+        "compile_s": compile_s,
+        "evaluate_s": seconds,
+    }
+
+
+def split_metrics(
+    probabilities: np.ndarray, split: SplitArrays, class_names: Sequence[str], *, seed: int
+) -> dict[str, Any]:
+    """Returns the figures of one split with 95 % intervals over its independent fields."""
+    return classification_metrics(
+        probabilities, split.labels, class_names=class_names, groups=split.groups, seed=seed
+    )
+
+
+def write_predictions(
+    path: Path,
+    records: Sequence[CropRecord],
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
+    """Writes a line per crop: path, label, prediction, source, group, one probability a class."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["path", "label", "prediction", "source", "group"]
+            + [f"probability {name}" for name in class_names]
+        )
+        for record, row in zip(records, probabilities, strict=True):
+            prediction = class_names[int(row.argmax())]
+            writer.writerow(
+                [record.crop, record.label, prediction, record.source, record.group]
+                + [f"{value:.6g}" for value in row]
+            )
+    os.replace(partial, path)
+
+
+def write_history(workdir: Path, verb: str, split: str, step: int) -> int:
+    """Adds a line to history.jsonl that says that a split was opened.
+
+    Returns:
+      How often this split of the workdir has been opened, this time included.
+    """
+    path = workdir / "history.jsonl"
+    line = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "verb": verb,
+        "split": split,
+        "checkpoint": step,
+    }
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return sum(json.loads(text)["split"] == split for text in lines)

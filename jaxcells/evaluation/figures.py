@@ -1,0 +1,198 @@
+"""curves.png, confusion.png and sheets of example crops (matplotlib, no display needed)."""
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from jaxcells.evaluation.metrics import shortened
+
+# Okabe and Ito 2008: told apart with every common colour vision, and in grey by line style.
+_STYLE = {
+    "train": {"color": "#0072B2", "linestyle": "--", "label": "train"},
+    "val": {"color": "#D55E00", "linestyle": "-", "label": "validation"},
+}
+_DPI = 150
+# Class names come from folders: "$" and "_" in them are letters, not formulas.
+_LITERAL: dict[str, Any] = {"parse_math": False}
+# The colour of each channel, by the number of channels; magenta and green rather than red and green.
+_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
+
+
+def plot_curves(
+    records: Sequence[Mapping[str, Any]], path: str | Path, *, best_step: int | None = None
+) -> None:
+    """Draw loss and accuracy against the epoch, for training and validation.
+
+    Args:
+      records: the lines of metrics.jsonl, each with step, epoch, split ("train" or "val"), loss
+        and accuracy. Several of one split in one epoch are drawn as their mean; of several with
+        the same step the last counts, as after a resumed run.
+      path: where the PNG goes.
+      best_step: the step of the chosen checkpoint, marked on the validation curve; None marks the
+        first epoch of the highest validation accuracy.
+    """
+    curves = {split: _curve(records, split) for split in _STYLE}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, key, title in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy"), strict=True
+    ):
+        for split, curve in curves.items():
+            if curve["epoch"].size:
+                marker = "o" if curve["epoch"].size < 40 else None
+                axes.plot(curve["epoch"], curve[key], marker=marker, ms=3, lw=1.6, **_STYLE[split])
+        _mark_best(axes, curves["val"], key, best_step)
+        axes.set(title=title, xlabel="epoch", ylabel="nats" if key == "loss" else None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_confusion(
+    confusion: npt.ArrayLike,
+    class_names: Sequence[str],
+    path: str | Path,
+    *,
+    title: str = "Confusion matrix",
+) -> None:
+    """Draw a confusion matrix [K, K] of counts, rows true, as counts and shares of the row."""
+    confusion = np.asarray(confusion)
+    num_classes = len(class_names)
+    support = confusion.sum(axis=1, keepdims=True)
+    share = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
+
+    cell = float(np.clip(9 / num_classes, 0.5, 1.1))  # inches
+    side = cell * num_classes
+    figure = Figure(figsize=(side + 2.8, side + 2.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(confusion):
+        text, color = f"{count}\n{_percent(share[row, column])}", "black"
+        if not count:
+            text, color = "0" if support[row, 0] else "–", "#888888"
+        elif share[row, column] > 0.5:
+            color = "white"
+        size = float(np.clip(11 * cell, 6.5, 10))
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+
+    names = [shortened(name, 28) for name in class_names]
+    axes.set_yticks(range(num_classes), names, **_LITERAL)
+    if max(map(len, names)) * 0.09 < cell:  # inches that the longest name takes
+        axes.set_xticks(range(num_classes), names, **_LITERAL)
+    else:
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(num_classes), names, **slanted, **_LITERAL)
+    axes.tick_params(length=0)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title, **_LITERAL)
+    _save(figure, path)
+
+
+def plot_crops_sheet(
+    crops: Mapping[str, Sequence[npt.NDArray[np.generic]]], path: str | Path, *, title: str = ""
+) -> None:
+    """Draw example crops, one row per class.
+
+    8-bit crops are shown as they are. Others are scaled per channel from their 0.5 to their 99.5
+    percentile, taken over all crops together: a class that is darker looks darker. Two channels
+    are drawn in magenta and green; of more than three the first three as red, green and blue.
+
+    Args:
+      crops: {class name: crops [H, W, C]}, of one dtype and number of channels.
+      path: where the PNG goes.
+      title: written above the sheet.
+    """
+    shown = _displayed([crop for row in crops.values() for crop in row])
+    height, width = np.max([crop.shape[:2] for crop in shown], axis=0)
+    gap = max(2, width // 30)
+    columns = max(map(len, crops.values()))
+    sheet = np.full((len(crops) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255)
+    remaining = iter(shown)
+    for row, examples in enumerate(crops.values()):
+        for column, crop in zip(range(len(examples)), remaining, strict=False):
+            y, x = row * (height + gap), column * (width + gap)
+            sheet[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+
+    scale = 1.2 / width  # inches per pixel
+    figure = Figure(
+        figsize=(sheet.shape[1] * scale + 2.2, sheet.shape[0] * scale + 0.5), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.imshow(sheet)
+    rows = np.arange(len(crops)) * (height + gap) + height / 2
+    axes.set_yticks(rows, [textwrap.fill(shortened(n, 60), 22) for n in crops], **_LITERAL)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, **_LITERAL)
+    _save(figure, path)
+
+
+def _curve(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, npt.NDArray[np.float64]]:
+    """Columns epoch, step, loss and accuracy of one split, one row per epoch."""
+    by_step = {record["step"]: record for record in records if record["split"] == split}
+    by_epoch: dict[float, list[Mapping[str, Any]]] = {}
+    for _, record in sorted(by_step.items()):
+        by_epoch.setdefault(record["epoch"], []).append(record)
+    epochs = sorted(by_epoch)
+    return {
+        "epoch": np.array(epochs, float),
+        "step": np.array([by_epoch[epoch][-1]["step"] for epoch in epochs], float),
+        **{
+            key: np.array([np.mean([r[key] for r in by_epoch[epoch]]) for epoch in epochs], float)
+            for key in ("loss", "accuracy")
+        },
+    }
+
+
+def _mark_best(
+    axes: Axes, validation: dict[str, npt.NDArray[np.float64]], key: str, best_step: int | None
+) -> None:
+    if best_step is None:
+        indices = [validation["accuracy"].argmax()] if validation["epoch"].size else []
+    else:
+        indices = np.flatnonzero(validation["step"] == best_step).tolist()
+    for index in indices:
+        epoch, value = validation["epoch"][index], validation[key][index]
+        label = f"best: epoch {epoch:g}, {value:.3f}"
+        axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
+
+
+def _displayed(crops: Sequence[npt.NDArray[np.generic]]) -> list[npt.NDArray[np.uint8]]:
+    """Crops [H, W, C] of any dtype as [H, W, 3] uint8, all on one scale."""
+    channels = crops[0].shape[-1]
+    low, high = np.zeros(channels), np.full(channels, 255.0)
+    if crops[0].dtype != np.uint8:
+        pixels = np.concatenate([crop.reshape(-1, channels) for crop in crops])
+        low, high = np.percentile(pixels, [0.5, 99.5], axis=0)
+    span = np.where(high > low, high - low, 1)
+    colors = np.array(_COLORS[min(channels, 3)])
+    return [
+        np.rint(255 * np.clip((crop - low) / span, 0, 1)[..., :3] @ colors).astype(np.uint8)
+        for crop in crops
+    ]
+
+
+def _percent(share: float) -> str:
+    return "<1 %" if share < 0.01 else f"{100 * share:.0f} %"
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG that is either whole or not there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(temporary, format="png", dpi=_DPI)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

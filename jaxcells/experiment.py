@@ -1,0 +1,294 @@
+"""A whole run in one workdir: data, training, and the test split opened once at the end."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from jaxcells.config import data_source, differences, load_config, save_config
+from jaxcells.data.arrays import open_arrays
+from jaxcells.data.crop_set import open_crop_set, verify_pixels
+from jaxcells.data.fields import SIDES
+from jaxcells.environment import describe_environment
+from jaxcells.errors import Error
+from jaxcells.evaluation.baseline import mean_std_baseline
+from jaxcells.evaluation.evaluate import (
+    load_network,
+    predict_split,
+    split_metrics,
+    write_history,
+    write_predictions,
+)
+from jaxcells.evaluation.figures import plot_confusion, plot_curves
+from jaxcells.evaluation.metrics import summary_table
+from jaxcells.logs import duration, read_metrics
+from jaxcells.prepare import PreparedData, prepare_data
+from jaxcells.training import mesh
+from jaxcells.training.checkpoints import Which, list_steps
+from jaxcells.training.initialization import Initialization, find_initialization
+from jaxcells.training.loop import train
+from jaxcells.training.meter import Progress
+
+logger = logging.getLogger("jaxcells")
+
+Results = dict[str, Any]
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> Results:
+    """Makes crops, trains, and evaluates the best checkpoint on the test split, once.
+
+    The same call resumes a run that was stopped, and returns the results of one that is finished.
+
+    Args:
+      config: a validated config.
+      workdir: the run's folder, made if it is absent.
+
+    Returns:
+      What is in results.json.
+
+    Raises:
+      Error: anything a user can mend.
+      Interrupted: SIGTERM or Ctrl-C during training, after saving.
+    """
+    start = time.monotonic()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with lock_workdir(workdir):
+        _check_config(config, workdir)
+        results_path = workdir / "results.json"
+        if results_path.exists():
+            results: Results = json.loads(results_path.read_text(encoding="utf-8"))
+            logger.info("this run is finished; its results are in %s", results_path)
+            print(_summary(results))
+            return results
+
+        note = mesh.accelerator_note()
+        if note:
+            logger.warning("%s", note)
+        started = bool(list_steps(workdir / "checkpoints"))
+        init = Initialization("random")
+        if not started:
+            init = find_initialization(
+                config.init,
+                config.model.name,
+                random_if_missing=data_source(config) == "sample",
+            )
+        data = _prepare_together(config, workdir)
+        data.audit.raise_errors()
+        if _is_primary():
+            save_config(config, workdir / "config.json")
+            environment = {**describe_environment(), "devices": mesh.describe_devices()}
+            _write_json(workdir / "environment.json", environment)
+
+        progress = train(config, workdir, data, init, start=start)
+        results = _evaluate_finished(config, workdir, data, progress)
+        if _is_primary():
+            print(_summary(results))
+            logger.info("results, figures and predictions are in %s", workdir)
+        return results
+
+
+def evaluate(workdir: Path, *, split: str, which: Which) -> Results:
+    """Evaluates a checkpoint of a workdir on one split; opening "test" is written to its history.
+
+    Args:
+      workdir: the folder of a run.
+      split: "train", "val" or "test".
+      which: a step, "latest" or "best".
+
+    Returns:
+      The split's figures, as in results.json.
+
+    Raises:
+      Error: not a workdir, no such checkpoint or split, or crops that changed.
+    """
+    if split not in SIDES:
+        raise Error(f"--split={split}: there is no such split; use one of {', '.join(SIDES)}")
+    config = load_config(workdir / "config.json")
+    network = load_network(workdir, which)
+    crop_set = open_crop_set(workdir / "crops")
+    verify_pixels(crop_set)
+    arrays = open_arrays(crop_set, workdir / "arrays")[split]
+    opened = write_history(workdir, "evaluate", split, network.step)
+    if split == "test":
+        logger.info("the test split of this run is opened for the %d. time", opened)
+    probabilities, seconds = predict_split(network, arrays, config.train.batch_size)
+    metrics = split_metrics(probabilities, arrays, network.class_names, seed=config.seed)
+    metrics |= {"checkpoint": network.step, "evaluate_s": seconds["evaluate_s"]}
+    name = f"{split}_step{network.step}"
+    _write_json(workdir / f"evaluation_{name}.json", metrics)
+    write_predictions(
+        workdir / f"predictions_{name}.csv", arrays.records, probabilities, network.class_names
+    )
+    print(summary_table(metrics, f"{split} split, checkpoint of step {network.step}"))
+    logger.info("written to %s", workdir / f"evaluation_{name}.json")
+    return metrics
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out of a workdir; a killed process holds no lock.
+
+    Raises:
+      Error: another process holds it.
+    """
+    if not _is_primary():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(workdir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Error(
+            f"{workdir}: another process is working there; wait for it, or choose another --workdir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_config(config: ConfigDict, workdir: Path) -> None:
+    """Refuses to go on with a trained workdir under another config."""
+    if not list_steps(workdir / "checkpoints"):
+        return
+    changed = differences(load_config(workdir / "config.json"), config)
+    if changed:
+        raise Error(
+            f"{workdir} was trained with another config: {'; '.join(changed)}; go back to it, or "
+            "choose another --workdir"
+        )
+
+
+def _prepare_together(config: ConfigDict, workdir: Path) -> PreparedData:
+    """Lets one process write what all then read; the folder must be one that all see."""
+    if jax.process_count() == 1:
+        return prepare_data(config, workdir)
+    data = prepare_data(config, workdir) if _is_primary() else None
+    multihost_utils.sync_global_devices("data prepared")
+    return data or prepare_data(config, workdir)
+
+
+def _evaluate_finished(
+    config: ConfigDict, workdir: Path, data: PreparedData, progress: Progress
+) -> Results:
+    start = time.monotonic()
+    network = load_network(workdir, "best")
+    class_names, arrays = network.class_names, data.arrays
+    results: Results = {}
+    seconds: dict[str, dict[str, float]] = {}
+    probabilities: dict[str, np.ndarray] = {}
+    for name, split in (("validation", arrays["val"]), ("test", arrays["test"])):
+        probabilities[name], seconds[name] = predict_split(network, split, config.train.batch_size)
+        results[name] = split_metrics(probabilities[name], split, class_names, seed=config.seed)
+    if not _is_primary():
+        return results
+
+    train_set, test_set = arrays["train"], arrays["test"]
+    results["test"]["opened"] = write_history(workdir, "train", "test", network.step)
+    results["baseline"] = {
+        "description": "linear classifier on each crop's mean and standard deviation per channel",
+        "test_accuracy": mean_std_baseline(
+            train_set.images, train_set.labels, test_set.images, test_set.labels
+        ),
+    }
+    meta = network.meta
+    num_evaluated = len(arrays["val"].labels) + len(test_set.labels)
+    evaluate_s = sum(s["evaluate_s"] for s in seconds.values())
+    crop_set = data.crop_set
+    results |= {
+        "init": meta["init"],
+        "data": {
+            "source": data_source(config),
+            "root": config.data.root,
+            "split_by": "as found" if crop_set.came_split else config.data.split_by,
+            "classes": list(class_names),
+            "crops_per_class": {
+                side: {name: count["crops"] for name, count in counts.items()}
+                for side, counts in data.audit.counts.items()
+            },
+            "fields_per_class": {
+                side: {name: count["fields"] for name, count in counts.items()}
+                for side, counts in data.audit.counts.items()
+            },
+            "image": {
+                "shape": list(train_set.images.shape[1:]),
+                "dtype": train_set.images.dtype.name,
+            },
+            "normalization": network.normalization.to_dict(),
+            "notes": list(crop_set.notes),
+            "audit": {
+                "errors": list(data.audit.errors),
+                "warnings": list(data.audit.warnings),
+                "shared_pixels": dict(data.audit.shared_pixels),
+            },
+        },
+        "timing": {
+            "crop_s": progress.prepare_s,
+            "compile_s": progress.compile_s + sum(s["compile_s"] for s in seconds.values()),
+            "train_s": progress.train_s,
+            "validate_s": progress.validate_s,
+            "checkpoint_s": progress.checkpoint_s,
+            "evaluate_s": evaluate_s,
+            "total_s": progress.total_s + time.monotonic() - start,
+            "train_images_per_second": progress.images / progress.train_s,
+            "eval_images_per_second": num_evaluated / evaluate_s,
+        },
+        "best_step": network.step,
+        "num_steps": meta["num_steps"],
+        "num_epochs": config.train.num_epochs,
+        "model": meta["model"],
+        "environment": json.loads((workdir / "environment.json").read_text(encoding="utf-8")),
+    }
+    write_predictions(
+        workdir / "predictions_test.csv", test_set.records, probabilities["test"], class_names
+    )
+    plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
+    plot_confusion(
+        results["test"]["confusion_matrix"], class_names, workdir / "confusion.png", title="test"
+    )
+    # Written last: its presence says that the run is finished.
+    _write_json(workdir / "results.json", results)
+    return results
+
+
+def _summary(results: Results) -> str:
+    """Returns the table and the lines that the terminal shows at the end of a run."""
+    timing, baseline = results["timing"], results["baseline"]["test_accuracy"]
+    lines = [
+        summary_table(
+            results["test"], f"test split, best checkpoint (step {results['best_step']})"
+        ),
+        f"validation accuracy {results['validation']['accuracy']:.3f}; mean-and-deviation baseline "
+        f"on the test split {baseline:.3f}",
+        f"trained {results['num_epochs']} epochs in {duration(timing['train_s'])} at "
+        f"{timing['train_images_per_second']:.1f} images/s; everything took "
+        f"{duration(timing['total_s'])}",
+    ]
+    if results["test"]["accuracy"] <= baseline:
+        lines.append(
+            "WARNING: the network does no better than the brightness and contrast of the crops"
+        )
+    if results["init"].get("warning"):
+        lines.append(f"WARNING: {results['init']['warning']}")
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _is_primary() -> bool:
+    return jax.process_index() == 0

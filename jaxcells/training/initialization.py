@@ -1,0 +1,90 @@
+"""Where a network's first parameters come from: ImageNet, a file, an earlier run, or chance."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from jaxcells.errors import Error
+from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet, file_sha256
+from jaxcells.models.weights import load_pretrained, transfer
+from jaxcells.training.checkpoints import best_step, restore_variables
+from jaxcells.training.state import TrainState, with_variables
+
+logger = logging.getLogger("jaxcells")
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+    """What `config.init` stands for on this machine.
+
+    Attributes:
+      kind: "imagenet", "file", "run" or "random".
+      path: the file or workdir; None for "random".
+      warning: why the run does not begin with what was asked for, or "".
+    """
+
+    kind: str
+    path: Path | None = None
+    warning: str = ""
+
+
+def find_initialization(init: str, model_name: str, *, random_if_missing: bool) -> Initialization:
+    """Finds the weights before anything expensive happens, fetching those of ImageNet.
+
+    Args:
+      init: "imagenet", "random", a .safetensors file or a workdir.
+      model_name: name of the network, which decides on the ImageNet file.
+      random_if_missing: go on from random parameters, with a warning, if the ImageNet weights
+        cannot be had. Right for the built-in sample, wrong for anyone's own images.
+
+    Raises:
+      Error: the weights cannot be had, or the workdir has no checkpoint.
+    """
+    if init == "random":
+        return Initialization("random")
+    if init == "imagenet":
+        try:
+            return Initialization("imagenet", fetch_imagenet(model_name))
+        except WeightsUnavailableError as error:
+            if not random_if_missing:
+                raise
+            warning = f"starting from RANDOM parameters instead of ImageNet's: {error}"
+            logger.warning("%s", warning)
+            return Initialization("random", warning=warning)
+    path = Path(init)
+    if not path.is_dir():
+        return Initialization("file", path)
+    if best_step(path / "checkpoints") is None:
+        raise Error(f"{path}: no validated checkpoint to start from; give the workdir of a run")
+    return Initialization("run", path)
+
+
+def initialize(state: TrainState, init: Initialization) -> tuple[TrainState, dict[str, Any]]:
+    """Puts the weights into a fresh state.
+
+    Args:
+      state: a randomly initialised state at step 0.
+      init: what `find_initialization` found.
+
+    Returns:
+      The state, and for results.json what was loaded: kind, source, sha256, summary.
+
+    Raises:
+      Error: the weights do not fit the network; lists every tensor that does not.
+    """
+    record: dict[str, Any] = {"kind": init.kind, "source": None, "sha256": None}
+    if init.path is None:
+        if init.warning:
+            record["warning"] = init.warning
+        return state, record
+    record["source"] = str(init.path)
+    if init.kind == "run":
+        source, _ = restore_variables(init.path / "checkpoints", "best")
+        variables, report = transfer(source, state.variables)
+    else:
+        record["sha256"] = file_sha256(init.path)
+        variables, report = load_pretrained(init.path, state.variables)
+    record["tensors"] = report.summary()
+    logger.info("weights from %s: %s", init.path, report.summary())
+    return with_variables(state, variables), record

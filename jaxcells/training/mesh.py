@@ -1,0 +1,193 @@
+"""Where arrays live: one device, many, or many processes, with the same code.
+
+The mesh has one axis, `data`: the state is replicated over it and batches are cut along it. XLA
+then makes every mean over the batch a mean over all devices: the gradients', and the statistics of
+batch norm too.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
+
+from jaxcells.errors import Error
+from jaxcells.training.steps import EvalStep, PredictStep, TrainStep
+
+Tree = TypeVar("Tree")
+
+_DISTRIBUTED_VARIABLES = (
+    "JAXCELLS_COORDINATOR",
+    "JAXCELLS_NUM_PROCESSES",
+    "JAXCELLS_PROCESS_ID",
+)
+
+
+def initialize_distributed() -> None:
+    """Joins the processes of one run, where there are several. Call before any JAX computation.
+
+    Several processes are meant when `JAXCELLS_COORDINATOR` (`host:port` of process 0),
+    `JAXCELLS_NUM_PROCESSES` and `JAXCELLS_PROCESS_ID` are set, or when SLURM's `srun` or Open MPI's
+    `mpirun` started more than one. Otherwise nothing happens.
+
+    Raises:
+        Error: if only some of the three variables are set, or a number is not one.
+    """
+    given = {name: os.environ[name] for name in _DISTRIBUTED_VARIABLES if os.environ.get(name)}
+    if given:
+        missing = [name for name in _DISTRIBUTED_VARIABLES if name not in given]
+        if missing:
+            raise Error(
+                f"{', '.join(given)} set without {', '.join(missing)}: set all three to run in "
+                "several processes, none to run in one"
+            )
+        coordinator, num_processes, process_id = given.values()
+        if not (num_processes.isdigit() and process_id.isdigit()) or (
+            int(process_id) >= int(num_processes)
+        ):
+            raise Error(
+                f"JAXCELLS_NUM_PROCESSES={num_processes} and JAXCELLS_PROCESS_ID={process_id}: the "
+                "second must be a whole number from 0 to one below the first"
+            )
+        # Left to find out, JAX would not read these two from any environment variable.
+        jax.distributed.initialize(
+            coordinator,
+            int(num_processes),
+            int(process_id),
+            cluster_detection_method="deactivate",
+        )
+    # SLURM_NTASKS also counts the tasks that an allocation could start: in a shell inside one,
+    # waiting for them would never end.
+    elif _number("SLURM_STEP_NUM_TASKS") > 1 or _number("OMPI_COMM_WORLD_SIZE") > 1:
+        jax.distributed.initialize()
+
+
+def _number(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else 0
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes the one-axis mesh `('data',)`, over all devices of all processes by default."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """Copies every leaf to every device of the mesh.
+
+    The copies share no memory with the originals, which therefore outlive a donation of the
+    copies. In several processes each must pass the same values.
+
+    Args:
+        tree: pytree of NumPy or JAX arrays.
+        mesh: from `make_mesh`.
+    """
+    # device_put may share memory, on several devices even with may_alias=False, and donating its
+    # result then deletes the originals.
+    return jax.device_put(jax.tree.map(jnp.copy, tree), NamedSharding(mesh, PartitionSpec()))
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> slice:
+    """Says which rows of a global batch this process loads.
+
+    Args:
+        batch_size: rows of a batch over all processes.
+        mesh: from `make_mesh`, over all devices.
+
+    Raises:
+        Error: if the rows cannot be dealt equally to the devices.
+    """
+    if batch_size % mesh.size:
+        smaller = batch_size // mesh.size * mesh.size
+        sizes = " or ".join(str(size) for size in (smaller, smaller + mesh.size) if size)
+        raise Error(
+            f"a batch of {batch_size} cannot be dealt equally to {mesh.size} devices: use "
+            f"--config.train.batch_size={sizes}"
+        )
+    rows = batch_size // jax.process_count()
+    start = rows * jax.process_index()
+    return slice(start, start + rows)
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a batch on the devices, cut along its first axis.
+
+    Args:
+        batch: arrays whose rows are those that `local_rows` names, of this process only.
+        mesh: from `make_mesh`.
+
+    Returns:
+        Arrays with the rows of all processes.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def jit_train_step(train_step: TrainStep, mesh: Mesh) -> Wrapped:
+    """Compiles a training step for replicated states and sharded batches.
+
+    The state that is passed in is donated: its memory holds the state that comes out.
+    """
+    replicated, sharded = _shardings(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(replicated, sharded, replicated),
+        out_shardings=replicated,
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(eval_step: EvalStep, mesh: Mesh) -> Wrapped:
+    """Compiles an evaluation step; its sums are on every device."""
+    replicated, sharded = _shardings(mesh)
+    return jax.jit(eval_step, in_shardings=(replicated, sharded), out_shardings=replicated)
+
+
+def jit_predict_step(predict_step: PredictStep, mesh: Mesh) -> Wrapped:
+    """Compiles a prediction step; every process can read all rows of what it returns."""
+    replicated, sharded = _shardings(mesh)
+    return jax.jit(predict_step, in_shardings=(replicated, sharded), out_shardings=replicated)
+
+
+def _shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def describe_devices() -> dict[str, Any]:
+    """Says what the run computes on: platform, kind, number of devices and of processes."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+    }
+
+
+def accelerator_note() -> str | None:
+    """Says in one line that a run is on the CPU, and why; None on an accelerator."""
+    if jax.default_backend() != "cpu":
+        return None
+    if not _has_nvidia_gpu():
+        return "no accelerator found: running on the CPU, which works but is slow"
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return "running on the CPU, as JAX_PLATFORMS=cpu asks, although there is an NVIDIA GPU"
+    return (
+        "running on the CPU although there is an NVIDIA GPU, because JAX cannot use it: "
+        "pip install 'jaxcells[gpu]' (driver 580 or newer)"
+    )
+
+
+def _has_nvidia_gpu() -> bool:
+    return pathlib.Path("/proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))

@@ -1,0 +1,104 @@
+"""What a run has added up so far: sums of the epoch under way, and the clock of every stage."""
+
+import dataclasses
+import math
+import time
+from collections import deque
+from typing import Any
+
+import jax
+
+from jaxcells.errors import Error
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done, apart from its state; stored with every checkpoint.
+
+    Attributes:
+      sums: loss, correct and count over the steps of the epoch under way.
+      epoch_s: seconds of training in the epoch under way.
+      train_s: seconds of training in finished epochs.
+      validate_s: seconds of validation.
+      checkpoint_s: seconds of saving.
+      compile_s: seconds of compilation.
+      prepare_s: seconds that crops, arrays and audit took when the run began.
+      total_s: seconds of all processes that worked on the run, one after another.
+      images: training images seen in finished epochs.
+    """
+
+    sums: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"loss": 0.0, "correct": 0, "count": 0}
+    )
+    epoch_s: float = 0.0
+    train_s: float = 0.0
+    validate_s: float = 0.0
+    checkpoint_s: float = 0.0
+    compile_s: float = 0.0
+    prepare_s: float = 0.0
+    total_s: float = 0.0
+    images: int = 0
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Returns the exact means of the epoch under way and begins the next one."""
+        count = self.sums["count"]
+        means = {
+            "loss": self.sums["loss"] / count,
+            "accuracy": self.sums["correct"] / count,
+            "images_per_second": count / self.epoch_s,
+        }
+        self.train_s += self.epoch_s
+        self.images += int(count)
+        self.epoch_s, self.sums = 0.0, Progress().sums
+        return means
+
+
+class Meter:
+    """Reads the sums of training steps some steps later, so that the device never waits for it."""
+
+    def __init__(self, progress: Progress, *, window: int) -> None:
+        """Makes a meter.
+
+        Args:
+          progress: what to add to.
+          window: how many steps the host may run ahead of the device.
+        """
+        self._progress = progress
+        self._window = window
+        self._pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out of the training time what happened since the last call."""
+        self._clock = time.monotonic()
+
+    def add(self, step: int, sums: dict[str, jax.Array]) -> None:
+        """Takes the sums that training to `step` gave, still being computed."""
+        self._pending.append((step, sums))
+        if len(self._pending) > self._window:
+            self.read(keep=self._window // 2)
+
+    def read(self, keep: int = 0) -> None:
+        """Adds the pending sums to the progress, all but the newest `keep`.
+
+        Raises:
+          Error: a loss is not finite; names its step.
+        """
+        while len(self._pending) > keep:
+            step, sums = self._pending.popleft()
+            values = jax.device_get(sums)
+            check_finite(float(values["loss"]), step)
+            for name in self._progress.sums:
+                self._progress.sums[name] += values[name].item()
+        now = time.monotonic()
+        self._progress.epoch_s += now - self._clock
+        self._clock = now
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raises an Error that names the step if the loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise Error(
+            f"the loss is {loss} at step {step}, and nothing of it was saved; try a lower "
+            "--config.optim.learning_rate in a new --workdir, or look for broken pixels"
+        )

@@ -1,0 +1,65 @@
+"""Stochastic gradient descent with momentum, as PyTorch defines it, and its learning rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcells.errors import Error
+
+
+def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.Schedule:
+    """Makes the learning rate as a function of the step.
+
+    Args:
+        name: `"constant"`, or `"cosine"`: half a cosine from `learning_rate` at step 0 down to zero
+            at `num_steps` (Loshchilov and Hutter 2017, SGDR, eq. 5, without restarts).
+        learning_rate: the first learning rate.
+        num_steps: number of updates in the whole run.
+
+    Raises:
+        Error: if the name is neither.
+    """
+    if name == "constant":
+        return optax.constant_schedule(learning_rate)
+    if name == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, num_steps)
+    raise Error(
+        f"optim.schedule={name!r} is not known: use --config.optim.schedule=constant or "
+        "--config.optim.schedule=cosine"
+    )
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, momentum: float = 0.9, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Makes SGD with momentum: `v = momentum v + (g + weight_decay p)`, `p = p - lr v`.
+
+    This is `torch.optim.SGD(dampening=0, nesterov=False)`: the learning rate multiplies the
+    velocity when it is used, not the gradient when it is stored, so a schedule acts at once.
+
+    Weight decay acts on kernels only (more than one axis), not on biases, norm scales and shifts,
+    where it only harms (He et al. 2019, Bag of Tricks, section 3.1). PyTorch, left to itself,
+    decays them all.
+
+    The schedule is a function of the count in the optimiser state, and no rate is stored in it:
+    a resumed run follows the schedule that it is given.
+
+    Args:
+        schedule: learning rate by step.
+        momentum: share of the velocity kept at each step.
+        weight_decay: L2 penalty on kernels, 0 for none.
+    """
+    decay = optax.add_decayed_weights(weight_decay, mask=_kernels)
+    return optax.chain(
+        decay if weight_decay else optax.identity(),
+        optax.trace(decay=momentum),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)

@@ -1,0 +1,121 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxcells import Error
+from jaxcells.data.arrays import open_arrays
+from jaxcells.data.audit import audit_crops, describe_audit
+from jaxcells.data.crop_set import prepare_crop_set
+from tests.data.folders import textured, write_folder, write_image
+
+SETTINGS = {
+    "seed": 0,
+    "crop_size": 32,
+    "crops_per_class": 30,
+    "split": (20, 5, 5),
+    "split_by": "field",
+}
+
+
+def audit(tmp_path, root, **changes):
+    crop_set = prepare_crop_set(tmp_path / "crops", root, **SETTINGS | changes)
+    return audit_crops(crop_set, open_arrays(crop_set, tmp_path / "arrays")), crop_set
+
+
+def test_a_clean_set_passes_with_its_counts(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 20, "B": 20})
+    result, crop_set = audit(tmp_path, root)
+    assert result.errors == ()
+    assert result.shared_pixels == {"val": 0, "test": 0}
+    assert result.counts["train"] == {
+        "A": {"crops": 20, "fields": 16},
+        "B": {"crops": 20, "fields": 16},
+    }
+    assert result.counts["test"]["A"] == {"crops": 5, "fields": 2}
+    assert any("few independent fields in test (A 2, B 2)" in w for w in result.warnings)
+    assert "audit passed: nothing stands on two sides" in describe_audit(
+        result, crop_set.class_names
+    )
+    result.raise_errors()
+
+
+def test_a_source_on_two_sides_is_an_error(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 5, "B": 5})
+    _, crop_set = audit(tmp_path, root)
+    moved = next(r for r in crop_set.records if r.split == "test")
+    records = tuple(
+        dataclasses.replace(r, source=moved.source, group=moved.group) if i == 0 else r
+        for i, r in enumerate(crop_set.records)
+    )
+    tampered = dataclasses.replace(crop_set, records=records)
+    result = audit_crops(tampered, open_arrays(crop_set, tmp_path / "arrays"))
+    assert any(e.startswith("1 source images on two sides") for e in result.errors)
+    assert any(e.startswith("1 groups on two sides") for e in result.errors)
+    with pytest.raises(Error, match="the audit found"):
+        result.raise_errors()
+
+
+def test_copies_under_other_names_are_found_by_their_pixels(tmp_path):
+    for label, seed in (("A", 0), ("B", 100)):
+        for number in range(9):
+            # Every image of A is a copy of one.
+            pixels = textured(32, 32, seed + (number if label == "B" else 0))
+            write_image(tmp_path / "images" / label / f"{number}.png", pixels)
+    result, _ = audit(tmp_path, tmp_path / "images")
+    assert len(result.errors) == 1
+    assert "1 identical crops on two sides of the split, such as train/A/" in result.errors[0]
+
+
+def test_one_image_under_two_classes_is_an_error(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 9, "B": 9}, size=(32, 32))
+    (root / "B" / "copy.png").write_bytes((root / "A" / "field0.png").read_bytes())
+    result, _ = audit(tmp_path, root)
+    assert any("1 identical crops under two classes" in e for e in result.errors)
+
+
+def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 2, "B": 2})
+    result, crop_set = audit(tmp_path, root, split_by="crop")
+    assert result.errors == ()
+    # Counted pixel by pixel, the slow way.
+    shared, total = 0, 0
+    for test in crop_set.split("test"):
+        for y in range(test.y, test.y + 32):
+            for x in range(test.x, test.x + 32):
+                total += 1
+                shared += any(
+                    r.source == test.source and 0 <= y - r.y < 32 and 0 <= x - r.x < 32
+                    for r in crop_set.split("train")
+                )
+    assert 0.5 < shared / total < 1
+    assert result.shared_pixels["test"] == shared / total
+    assert any("split_by=crop: 4 images" in w for w in result.warnings)
+
+
+def test_near_constant_crops_are_warned_of_and_are_no_leak(tmp_path):
+    for label in "AB":
+        for number in range(10):
+            pixels = np.full((32, 32), 9, np.uint8) if number < 3 else textured(32, 32, number)
+            pixels = pixels + (label == "B" and number >= 3)
+            write_image(tmp_path / "images" / label / f"{number}.png", pixels.astype(np.uint8))
+    result, _ = audit(tmp_path, tmp_path / "images")
+    assert result.errors == ()
+    assert any(w.startswith("6 of 20 crops are nearly constant") for w in result.warnings)
+
+
+def test_shortcuts_between_classes_are_warned_of(tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "images" / "A" / f"{number}.png", textured(60, 80, number))
+        write_image(tmp_path / "images" / "B" / f"{number}.bmp", textured(70, 80, 50 + number))
+    result, _ = audit(tmp_path, tmp_path / "images")
+    assert any("differ in file type (A: .png; B: .bmp)" in w for w in result.warnings)
+    assert any("differ in image size (A: 60x80; B: 70x80)" in w for w in result.warnings)
+
+
+def test_unequal_classes_are_warned_of(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 30, "B": 9}, size=(32, 32))
+    result, _ = audit(tmp_path, root)
+    assert any(
+        "A has 20 training crops, B 6" in w or "classes are unequal" in w for w in result.warnings
+    )

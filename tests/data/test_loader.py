@@ -1,0 +1,71 @@
+import itertools
+
+import numpy as np
+
+from jaxcells.data.loader import (
+    epoch_indices,
+    eval_batches,
+    make_batch,
+    num_batches,
+    train_batches,
+)
+
+IMAGES = np.arange(10, dtype=np.uint16).reshape(10, 1, 1, 1)
+LABELS = np.arange(10) % 3
+
+
+def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch():
+    order = epoch_indices(10, seed=3, epoch=7)
+    assert sorted(order) == list(range(10))
+    philox = np.random.Philox(key=np.array([3, 7], np.uint64))
+    np.testing.assert_array_equal(order, np.random.Generator(philox).permutation(10))
+    assert order.tolist() != epoch_indices(10, seed=3, epoch=8).tolist()
+    assert order.tolist() != epoch_indices(10, seed=4, epoch=7).tolist()
+
+
+def test_each_epoch_shows_every_example_once():
+    steps = num_batches(10, 4)
+    assert steps == 3
+    batches = list(itertools.islice(train_batches(IMAGES, LABELS, 4, seed=0), 2 * steps))
+    for epoch in range(2):
+        seen = np.concatenate(
+            [
+                b["image"].ravel()[b["mask"] > 0]
+                for b in batches[epoch * steps : (epoch + 1) * steps]
+            ]
+        )
+        np.testing.assert_array_equal(seen, epoch_indices(10, seed=0, epoch=epoch))
+    assert batches[0]["image"].dtype == np.uint16
+    assert batches[0]["label"].dtype == np.int32
+    np.testing.assert_array_equal(batches[0]["label"], LABELS[batches[0]["image"].ravel()])
+
+
+def test_training_goes_on_from_any_step():
+    whole = list(itertools.islice(train_batches(IMAGES, LABELS, 4, seed=0), 8))
+    for first in range(8):
+        rest = itertools.islice(
+            train_batches(IMAGES, LABELS, 4, seed=0, first_step=first), 8 - first
+        )
+        for batch, expected in zip(rest, whole[first:], strict=True):
+            for name in expected:
+                np.testing.assert_array_equal(batch[name], expected[name])
+
+
+def test_padding_repeats_images_of_the_batch_with_mask_0():
+    batch = make_batch(IMAGES, LABELS, np.array([8, 9]), 5)
+    assert batch["image"].ravel().tolist() == [8, 9, 8, 9, 8]
+    assert batch["mask"].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_processes_hold_the_rows_of_one_batch():
+    whole = make_batch(IMAGES, LABELS, np.array([4, 8, 9]), 4)
+    parts = [make_batch(IMAGES, LABELS, np.array([4, 8, 9]), 4, slice(i, i + 2)) for i in (0, 2)]
+    for name in whole:
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+
+
+def test_evaluation_drops_nothing():
+    batches = list(eval_batches(IMAGES, LABELS, 4))
+    assert [b["mask"].sum() for b in batches] == [4, 4, 2]
+    seen = np.concatenate([b["image"].ravel()[b["mask"] > 0] for b in batches])
+    np.testing.assert_array_equal(seen, IMAGES.ravel())

@@ -1,0 +1,94 @@
+import math
+
+import numpy as np
+import pytest
+
+from jaxcells.evaluation.baseline import crop_statistics, mean_std_baseline
+
+
+def gaussian_crops(rng, labels, offset, size=32, channels=1):
+    """Noise [N, size, size, channels]; brightness varies by 10 between crops, and by class."""
+    brightness = rng.normal(100 + offset * np.asarray(labels), 10)
+    noise = rng.normal(0, 2, (len(labels), size, size, channels))
+    return brightness[:, None, None, None] + noise
+
+
+def test_statistics_by_hand():
+    crop = np.array([[[1, 10], [3, 10]], [[5, 10], [7, 50]]], np.uint8)
+    statistics = crop_statistics(crop[None])
+    assert statistics.tolist() == [[4, 20, math.sqrt(5), math.sqrt(300)]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_statistics_are_exact_in_every_dtype_and_layout(dtype, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (7, 20, 30, 3)).astype(dtype)
+    if dtype == np.uint16:
+        images *= 257
+    whole = crop_statistics(images)
+    expected = [images.mean((1, 2), np.float64), images.astype(np.float64).std((1, 2))]
+    np.testing.assert_allclose(whole, np.concatenate(expected, axis=1), rtol=1e-12)
+
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    np.testing.assert_array_equal(crop_statistics(mapped), whole)
+    parts = [crop_statistics(images[:2]), crop_statistics(images[2:6]), crop_statistics(images[6:])]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(crop_statistics(np.asfortranarray(images)), whole)
+
+
+@pytest.mark.parametrize(("offset", "expected"), [(0, 0.5), (20, 0.8413), (100, 1.0)])
+def test_accuracy_of_two_gaussians_is_the_optimum(offset, expected):
+    # Means 20 apart, deviation 10: the best line is right with probability Phi(1) = 0.8413.
+    rng = np.random.default_rng(1)
+    labels = np.arange(3000) % 2
+    images = gaussian_crops(rng, labels, offset, size=8)
+    accuracy = mean_std_baseline(images[:1000], labels[:1000], images[1000:], labels[1000:])
+    assert accuracy == pytest.approx(expected, abs=0.03)
+
+
+def test_contrast_alone_is_found_too():
+    rng = np.random.default_rng(2)
+    labels = np.arange(200) % 2
+    images = rng.normal(100, 5 + 2 * labels[:, None, None, None], (200, 32, 32, 1))
+    assert mean_std_baseline(images[:100], labels[:100], images[100:], labels[100:]) == 1
+
+
+def test_blind_to_position():
+    # The same pixels in another order: nothing that a mean or a deviation could see.
+    rng = np.random.default_rng(3)
+    labels = np.arange(400) % 2
+    images = np.sort(gaussian_crops(rng, labels, 0, size=16).reshape(400, -1), axis=1)
+    images[labels == 1] = images[labels == 1, ::-1]
+    images = images.reshape(400, 16, 16, 1)
+    accuracy = mean_std_baseline(images[:200], labels[:200], images[200:], labels[200:])
+    assert 0.4 < accuracy < 0.6
+
+
+def test_priors_are_balanced():
+    # Nine in ten training crops are of class 0; a classifier with their share as prior would move
+    # its border towards class 1 and lose a part of it.
+    rng = np.random.default_rng(4)
+    train_labels, eval_labels = (np.arange(2000) % 10 == 0).astype(int), np.ones(2000, int)
+    train = gaussian_crops(rng, train_labels, 20, size=8)
+    evaluation = gaussian_crops(rng, eval_labels, 20, size=8)
+    accuracy = mean_std_baseline(train, train_labels, evaluation, eval_labels)
+    assert accuracy == pytest.approx(0.8413, abs=0.03)
+
+
+def test_equal_channels_and_constant_crops_do_not_break_it():
+    rng = np.random.default_rng(5)
+    labels = np.arange(100) % 2
+    grey = gaussian_crops(rng, labels, 100)
+    coloured = np.repeat(grey, 3, axis=-1)
+    assert mean_std_baseline(coloured[:50], labels[:50], coloured[50:], labels[50:]) == 1
+    flat = np.zeros((100, 4, 4, 1), np.uint8)
+    assert mean_std_baseline(flat[:50], labels[:50], flat[50:], labels[50:]) == 0.5
+    flat[labels == 1] = 200
+    assert mean_std_baseline(flat[:50], labels[:50], flat[50:], labels[50:]) == 1
+
+
+def test_labels_need_not_be_consecutive():
+    rng = np.random.default_rng(6)
+    labels = np.where(np.arange(100) % 2, 7, 3)
+    images = gaussian_crops(rng, labels, 50)
+    assert mean_std_baseline(images[:50], labels[:50], images[50:], labels[50:]) == 1
