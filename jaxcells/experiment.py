@@ -253,7 +253,11 @@ def _evaluate_finished(
     write_predictions(
         workdir / "predictions_test.csv", test_set.records, probabilities["test"], class_names
     )
-    plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
+    plot_curves(
+        read_metrics(workdir / "metrics.jsonl"),
+        workdir / "curves.png",
+        best_step=network.step,
+    )
     plot_confusion(
         results["test"]["confusion_matrix"], class_names, workdir / "confusion.png", title="test"
     )

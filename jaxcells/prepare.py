@@ -16,7 +16,7 @@ from jaxcells.data import synthetic
 from jaxcells.data.arrays import SplitArrays, open_arrays
 from jaxcells.data.audit import Audit, audit_crops, describe_audit
 from jaxcells.data.crop_set import CropSet, prepare_crop_set
-from jaxcells.data.tfds_builder import export_tfds
+from jaxcells.data.tfds_source import export_tfds
 
 logger = logging.getLogger("jaxcells")
 

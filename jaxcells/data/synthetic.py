@@ -7,42 +7,48 @@ size, nucleus, granules and membrane, which overlap as in life.
 
 The experiment is balanced: the lines flow in turn through the same channels and are recorded with
 the same settings. Brightness, contrast, light, focus and density differ from field to field far
-more than the lines do, and equally for all lines, so that neither a crop's mean and standard
-deviation nor the walls of its channel give the line away.
+more than from line to line, so that neither the mean and standard deviation of a crop nor the
+walls of its channel give the line away. A classifier that learns the settings does worse than
+chance on a new field: its settings were seen with the other lines only.
 
-Lengths are in pixels, phases in radians, angles in radians, brightness in grey levels of 8 bits.
+Lengths are in pixels, phases and angles in radians, brightness in grey levels of 8 bits.
 """
 
-import hashlib
+import dataclasses
+import itertools
 import math
+import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from jaxcells.data.parallel import parallel_map
+from jaxcells.data.rng import named_generator
 from jaxcells.errors import Error
 
-MARGIN = 40  # simulated around a field and cut off: cells cross its borders, filters wrap outside it
+FloatArray = npt.NDArray[np.floating]
+
+# Simulated around a field and cut off: cells cross its borders, and the filter wraps around there.
+_MARGIN = 40
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class CellLine:
     """What a simulated cell line looks like: medians over its cells.
 
     Attributes:
-        name: folder of the line; says that its cells are simulated.
-        diameter: of a cell.
-        nucleus_ratio: diameter of the nucleus over that of the cell.
-        granules: number in a cell of median diameter; it grows with the cell's area.
-        granule_size: standard deviation of a granule's Gaussian profile.
-        granule_phase: phase at the centre of a granule.
-        vacuoles: share of the granules whose phase is negative, which shine.
-        membrane_width: standard deviation of the membrane's Gaussian profile.
-        membrane_phase: phase at the crest of the membrane.
+      name: folder of the line; says that its cells are simulated.
+      diameter: of a cell.
+      nucleus_ratio: diameter of the nucleus over that of the cell.
+      granules: number in a cell of median diameter; it grows with the area of the cell.
+      granule_size: standard deviation of a granule's Gaussian profile.
+      granule_phase: phase at the centre of a granule.
+      vacuoles: share of the granules whose phase is negative: they shine.
+      membrane_width: standard deviation of the membrane's Gaussian profile.
+      membrane_phase: phase at the crest of the membrane.
     """
 
     name: str
@@ -56,9 +62,10 @@ class CellLine:
     membrane_phase: float
 
 
+# The phases of membranes and granules are tuned so that crops of all lines have one mean deviation.
 CELL_LINES = (
     CellLine(
-        name="sim-A",
+        name="sim-A",  # small, smooth, with a large nucleus
         diameter=31.0,
         nucleus_ratio=0.72,
         granules=4.0,
@@ -69,40 +76,40 @@ CELL_LINES = (
         membrane_phase=0.48,
     ),
     CellLine(
-        name="sim-B",
+        name="sim-B",  # large, with coarse dark granules and a small nucleus to one side
         diameter=37.0,
         nucleus_ratio=0.48,
         granules=9.0,
-        granule_size=2.0,
+        granule_size=2.1,
         granule_phase=0.60,
         vacuoles=0.1,
         membrane_width=1.3,
         membrane_phase=0.50,
     ),
     CellLine(
-        name="sim-C",
+        name="sim-C",  # full of fine bright vacuoles, with a broad membrane
         diameter=34.0,
         nucleus_ratio=0.60,
-        granules=28.0,
+        granules=30.0,
         granule_size=1.15,
         granule_phase=0.50,
-        vacuoles=0.8,
+        vacuoles=0.85,
         membrane_width=1.9,
         membrane_phase=0.50,
     ),
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Channel:
     """The walls of a microfluidic channel, which all of its fields share.
 
     Attributes:
-        top: depth of the upper wall, from the upper border, at the middle column.
-        bottom: depth of the lower wall, from the lower border.
-        tilt: angle of the walls against the rows of the camera.
-        edge: width over which a wall rises.
-        phase: of the walls' material against the medium.
+      top: how far the upper wall reaches into the field, at the middle column.
+      bottom: how far the lower wall reaches into the field.
+      tilt: angle of the walls against the rows of the camera.
+      edge: length over which a wall rises.
+      phase: of the walls' material against the medium.
     """
 
     top: float
@@ -112,33 +119,109 @@ class Channel:
     phase: float
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Acquisition:
-    """How a field is recorded, and how full it is: what differs from field to field.
+    """How a field is recorded and how full it is: what differs from field to field.
 
     Attributes:
-        exposure: grey level of the background.
-        gradient: relative fall of the light from the middle to the (lower, right) border.
-        vignette: relative fall of the light at the distance of half a side from `centre`.
-        centre: of the vignette, as (row, column) in units of half a side.
-        contrast: of the phase image.
-        defocus: wavelength times distance of the focal plane, in square pixels.
-        crowding: least distance of two cells over the sum of their radii.
-        specks: number of specks of debris.
-        electrons: per grey level; the shot noise follows.
-        read_noise: standard deviation, grey levels.
+      exposure: grey level of the background.
+      gradient: relative fall of the light from the middle to the lower and to the right border.
+      vignette: relative fall of the light half a side away from `center`.
+      center: of the vignette, row and column in units of half a side.
+      contrast: factor of the phase image.
+      defocus: wavelength times distance of the focal plane, in square pixels.
+      crowding: least distance of two cells over the sum of their radii.
+      specks: number of specks of debris.
+      electrons: per grey level; they make the shot noise.
+      read_noise: standard deviation in grey levels.
     """
 
     exposure: float
     gradient: tuple[float, float]
     vignette: float
-    centre: tuple[float, float]
+    center: tuple[float, float]
     contrast: float
     defocus: float
     crowding: float
     specks: int
     electrons: float
     read_noise: float
+
+
+def write_sample(
+    root: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    channels_per_class: int = 4,
+    fields_per_channel: int = 6,
+    height: int = 480,
+    width: int = 640,
+) -> None:
+    """Writes the sample to `root/<line>/channel_<n>/field_<nn>.png`, 8-bit grey.
+
+    All of it appears at once, when the last field is done. A sample that is there is left as it is.
+    A field depends on the seed and its own line, channel and number, not on how many others there
+    are.
+
+    Args:
+      root: folder to make.
+      seed: of everything that is drawn.
+      channels_per_class: channels of each line.
+      fields_per_channel: fields of view of each channel.
+      height: rows of a field.
+      width: columns of a field.
+
+    Raises:
+      Error: `root` exists and is not the whole of this sample.
+    """
+    root = Path(root)
+    source = (
+        "# Simulated cells\n\n"
+        f"Made by jaxcells, not by a microscope: seed {seed}, {len(CELL_LINES)} cell lines x "
+        f"{channels_per_class} channels x {fields_per_channel} fields of {height}x{width} pixels.\n"
+        "To try things out: no figure measured here says anything about real cells.\n"
+    )
+    fields = {
+        Path(line.name, f"channel_{channel}", f"field_{field:02d}.png"): (line, channel, field)
+        for line, channel, field in itertools.product(
+            CELL_LINES, range(1, channels_per_class + 1), range(1, fields_per_channel + 1)
+        )
+    }
+    if root.exists():
+        _check_sample(root, source, list(fields))
+        return
+
+    def write_field(name: Path) -> None:
+        line, channel, field = fields[name]
+        pixels = simulate_field(
+            named_generator(seed, "cells", line.name, channel, field),
+            line,
+            draw_channel(named_generator(seed, "channel", channel)),
+            draw_acquisition(named_generator(seed, "acquisition", channel, field)),
+            height=height,
+            width=width,
+        )
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
+        folder = Path(temporary, root.name)
+        parallel_map(write_field, list(fields), title="simulating fields")
+        (folder / "SOURCE.md").write_text(source, encoding="utf-8")
+        folder.rename(root)
+
+
+def _check_sample(root: Path, source: str, names: list[Path]) -> None:
+    record = root / "SOURCE.md"
+    missing = [name.as_posix() for name in names if not (root / name).is_file()]
+    if not record.is_file() or record.read_text(encoding="utf-8") != source:
+        problem = "is not the built-in sample of this seed and size"
+    elif missing:
+        problem = f"lacks {len(missing)} of the sample's {len(names)} fields, such as {missing[0]}"
+    else:
+        return
+    raise Error(f"{root}: exists, but {problem}; remove it, or write the sample elsewhere")
 
 
 def draw_channel(rng: np.random.Generator) -> Channel:
@@ -153,16 +236,16 @@ def draw_channel(rng: np.random.Generator) -> Channel:
 
 
 def draw_acquisition(rng: np.random.Generator) -> Acquisition:
-    """Draws the settings of a recording."""
+    """Draws the settings of one recording."""
     return Acquisition(
         exposure=rng.uniform(90, 150),
         gradient=(rng.normal(0, 0.1), rng.normal(0, 0.1)),
         vignette=rng.uniform(0.03, 0.15),
-        centre=(rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4)),
-        contrast=1.0 * math.exp(rng.normal(0, 0.25)),
-        defocus=rng.normal(0, 1.0),
+        center=(rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4)),
+        contrast=math.exp(rng.normal(0, 0.25)),
+        defocus=rng.normal(0, 0.8),
         crowding=rng.uniform(1.04, 1.3),
-        specks=rng.poisson(rng.gamma(2, 10)),
+        specks=int(rng.poisson(rng.gamma(2, 10))),
         electrons=20 * math.exp(rng.normal(0, 0.5)),
         read_noise=rng.uniform(0.5, 1.5),
     )
@@ -176,81 +259,80 @@ def simulate_field(
     *,
     height: int = 480,
     width: int = 640,
-) -> np.ndarray:
+) -> npt.NDArray[np.uint8]:
     """Simulates one field of view of a cell line that flows through a channel.
 
     Args:
-        rng: draws the cells, the debris and the noise.
-        line: the cell line.
-        channel: the channel's walls.
-        acquisition: the settings of the recording.
-        height: rows of the field.
-        width: columns of the field.
+      rng: draws the cells, the debris and the noise.
+      line: the cell line.
+      channel: the walls of the channel.
+      acquisition: the settings of the recording.
+      height: rows of the field.
+      width: columns of the field.
 
     Returns:
-        [H, W] uint8.
+      [H, W] uint8.
     """
-    y = np.arange(-MARGIN, height + MARGIN, dtype=np.float32)
-    x = np.arange(-MARGIN, width + MARGIN, dtype=np.float32)
-    slope = channel.tilt * (x - width / 2)
+    y = np.arange(-_MARGIN, height + _MARGIN, dtype=np.float32)
+    x = np.arange(-_MARGIN, width + _MARGIN, dtype=np.float32)
+    rise = channel.tilt * (x - width / 2)
     into_wall = np.maximum(
-        channel.top + slope - y[:, None], y[:, None] - slope - (height - channel.bottom)
+        channel.top + rise - y[:, None], y[:, None] - rise - (height - channel.bottom)
     )
 
-    depths = acquisition.defocus + np.array([-2.5, 0.0, 2.5])
-    planes = np.zeros((depths.size, y.size, x.size), np.float32)
-    planes[1] += _wall_phase(channel, into_wall)
+    # Cells flow at three heights, and the microscope focuses near the middle one.
+    defocus = [acquisition.defocus + height for height in (-2.5, 0.0, 2.5)]
+    planes = np.zeros((3, y.size, x.size), np.float32)
+    planes[1] = _wall_phase(channel, into_wall)
     for row, column, radius in _place_cells(rng, line, acquisition.crowding, into_wall):
         reach = math.ceil(1.4 * radius) + 4
         rows = slice(max(row - reach, 0), row + reach)
         columns = slice(max(column - reach, 0), column + reach)
-        planes[rng.integers(depths.size), rows, columns] += _cell_phase(
+        planes[rng.integers(3), rows, columns] += _cell_phase(
             rng, line, radius, y[rows] - y[row], x[columns] - x[column], channel.tilt
         )
-    planes[rng.integers(depths.size)] += _spots(
+    planes[rng.integers(3)] += _spots(
         y,
         x,
-        rng.uniform(0, height, acquisition.specks),
-        rng.uniform(0, width, acquisition.specks),
+        rng.uniform((0, 0), (height, width), (acquisition.specks, 2)).T,
         rng.uniform(0.8, 1.8, acquisition.specks),
         rng.uniform(-0.5, 1.2, acquisition.specks),
     )
-    spectrum = sum(
-        np.fft.rfft2(plane) * _transfer(plane.shape, depth)
-        for plane, depth in zip(planes, depths, strict=True)
-    )
-    phase_image = np.fft.irfft2(spectrum, planes[0].shape)[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    spectrum = np.zeros((y.size, x.size // 2 + 1), np.complex64)
+    for plane, depth in zip(planes, defocus, strict=True):
+        spectrum += np.fft.rfft2(plane) * _transfer(y.size, x.size, depth)
+    phase_image = np.fft.irfft2(spectrum, planes[0].shape)[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
     return _record(rng, acquisition, phase_image)
 
 
-def _wall_phase(channel: Channel, into_wall: np.ndarray) -> np.ndarray:
-    """Phase of the walls at each distance into them: a step and a shallow groove behind it."""
+def _wall_phase(channel: Channel, into_wall: FloatArray) -> FloatArray:
+    """Phase of the walls at each distance into them: a step, and a shallow ridge behind it."""
     step = 1 / (1 + np.exp(-np.clip(into_wall / channel.edge, -30, 30)))
-    groove = 0.5 * np.exp(-0.5 * ((into_wall - 7) / 1.3) ** 2)
-    return channel.phase * (step + groove)
+    ridge = 0.5 * np.exp(-0.5 * ((into_wall - 7) / 1.3) ** 2)
+    return channel.phase * (step + ridge)
 
 
 def _place_cells(
-    rng: np.random.Generator, line: CellLine, crowding: float, into_wall: np.ndarray
+    rng: np.random.Generator, line: CellLine, crowding: float, into_wall: FloatArray
 ) -> list[tuple[int, int, float]]:
-    """Throws cells into the channel until no more find room; some of them touch.
+    """Throws cells into the channel until it is full; some of them touch.
 
     Returns:
-        Row and column on the map `into_wall` and radius of each cell.
+      Row and column on the map `into_wall`, and radius, of each cell.
     """
     height, width = into_wall.shape
-    count = int(12 * height * width / line.diameter**2)
-    rows, columns = rng.integers(height, size=count), rng.integers(width, size=count)
-    spread = np.clip(rng.normal(0, 0.13, count), -0.35, 0.35) + rng.normal(0, 0.03)
+    tries = round(12 * height * width / line.diameter**2)
+    rows, columns = rng.integers(height, size=tries), rng.integers(width, size=tries)
+    spread = np.clip(rng.normal(0, 0.13, tries), -0.35, 0.35) + rng.normal(0, 0.03)
     radii = 0.5 * line.diameter * np.exp(spread)
-    closeness = np.where(rng.random(count) < 0.1, 0.97, crowding)
+    closeness = np.where(rng.random(tries) < 0.1, 0.97, crowding)
     free = into_wall[rows, columns] < -radii
     cells = []
-    for i in range(count):
+    for i in range(tries):
         if free[i]:
             cells.append((int(rows[i]), int(columns[i]), float(radii[i])))
-            distance = (rows - rows[i]) ** 2 + (columns - columns[i]) ** 2
-            free &= distance > (closeness * (radii + radii[i])) ** 2
+            squared = (rows - rows[i]) ** 2 + (columns - columns[i]) ** 2
+            free &= squared > (closeness * (radii + radii[i])) ** 2
     return cells
 
 
@@ -258,14 +340,14 @@ def _cell_phase(
     rng: np.random.Generator,
     line: CellLine,
     radius: float,
-    y: np.ndarray,
-    x: np.ndarray,
+    y: FloatArray,
+    x: FloatArray,
     flow: float,
-) -> np.ndarray:
-    """Phase of one cell at the rows y [H] and columns x [W] counted from its centre, [H, W]."""
+) -> FloatArray:
+    """Phase of one cell at the rows y [H] and columns x [W] counted from its centre: [H, W]."""
     angle = flow + rng.normal(0, 0.4)
-    stretch = math.exp(0.5 * abs(rng.normal(0.06, 0.08)))
     sin, cos = math.sin(angle), math.cos(angle)
+    stretch = math.exp(0.5 * abs(rng.normal(0.06, 0.08)))
     along = (cos * x + sin * y[:, None]) / stretch
     across = (cos * y[:, None] - sin * x) * stretch
     distance, bearing = np.hypot(along, across), np.arctan2(across, along)
@@ -273,117 +355,98 @@ def _cell_phase(
     for order in (2, 3, 4):
         wave = rng.normal(0, 0.035 / (order - 1))
         edge += radius * wave * np.cos(order * bearing + rng.uniform(0, 2 * math.pi))
-
     body = rng.normal(0.75, 0.1) * np.sqrt(np.clip(1 - (distance / edge) ** 2, 0, None))
+
     width = line.membrane_width * math.exp(rng.normal(0, 0.15))
     crest = line.membrane_phase * math.exp(rng.normal(0, 0.2))
     membrane = crest * np.exp(-0.5 * ((edge - distance - width) / width) ** 2)
 
     ratio = min(line.nucleus_ratio * math.exp(rng.normal(0, 0.09)), 0.82)
-    centre = _ring(rng, 1, 0, 0.7 * (1 - ratio) * radius)
+    nucleus_radius = ratio * radius
+    center = _scatter(rng, 1, 0, 0.7 * (radius - nucleus_radius))
     squeeze = math.exp(rng.normal(0, 0.06))
-    depth = ratio * radius - np.hypot(
-        (y[:, None] - float(centre[0, 0])) * squeeze, (x - float(centre[1, 0])) / squeeze
+    depth = nucleus_radius - np.hypot(
+        (y[:, None] - float(center[0, 0])) * squeeze, (x - float(center[1, 0])) / squeeze
     )
     nucleus = 0.22 / (1 + np.exp(-np.clip(depth / 0.9, -30, 30)))
     envelope = 0.16 * np.exp(-0.5 * (depth / 1.1) ** 2)
 
-    nucleoli = centre + _ring(rng, rng.integers(1, 4), 0, 0.6 * ratio * radius)
-    abundance = (2 * radius / line.diameter) ** 2 * rng.gamma(12, 1 / 12)
-    granules = _ring(rng, rng.poisson(line.granules * abundance), 0.25 * radius, 0.88 * radius)
-    n, m = nucleoli.shape[1], granules.shape[1]
-    spots = _spots(
+    count = int(rng.integers(1, 4))
+    nucleoli = _spots(
         y,
         x,
-        *np.concatenate([nucleoli, granules], axis=1),
-        np.concatenate([rng.uniform(1.6, 2.4, n), line.granule_size * rng.uniform(0.8, 1.25, m)]),
-        np.concatenate(
-            [
-                rng.uniform(0.2, 0.4, n),
-                line.granule_phase * rng.uniform(0.5, 1.3, m) * np.where(rng.random(m) < line.vacuoles, -1, 1),
-            ]
-        ),
+        center + _scatter(rng, count, 0, 0.6 * nucleus_radius),
+        rng.uniform(1.6, 2.4, count),
+        rng.uniform(0.2, 0.4, count),
     )
-    return body + membrane + nucleus + envelope + spots
+    mean = line.granules * (2 * radius / line.diameter) ** 2
+    count = int(rng.poisson(mean * rng.gamma(12, 1 / 12)))
+    sign = np.where(rng.random(count) < line.vacuoles, -1, 1)
+    granules = _spots(
+        y,
+        x,
+        _scatter(rng, count, 0.25 * radius, 0.88 * radius),
+        line.granule_size * rng.uniform(0.8, 1.25, count),
+        line.granule_phase * rng.uniform(0.5, 1.3, count) * sign,
+    )
+    return body + membrane + nucleus + envelope + nucleoli + granules
 
 
-def _ring(rng: np.random.Generator, count: int, inner: float, outer: float) -> np.ndarray:
-    """Draws points uniform over a ring around the origin, as [2, count]: rows and columns."""
+def _scatter(rng: np.random.Generator, count: int, inner: float, outer: float) -> FloatArray:
+    """Draws points uniform over a ring around the origin: rows and columns, [2, N]."""
     distance = np.sqrt(rng.uniform(inner**2, outer**2, count))
     bearing = rng.uniform(0, 2 * math.pi, count)
     return distance * np.stack([np.sin(bearing), np.cos(bearing)])
 
 
 def _spots(
-    y: np.ndarray,
-    x: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    sizes: np.ndarray,
-    phases: np.ndarray,
-) -> np.ndarray:
-    """Sums N Gaussian spots at the rows y [H] and columns x [W]: [H, W] float32."""
+    y: FloatArray, x: FloatArray, centers: FloatArray, sizes: FloatArray, phases: FloatArray
+) -> FloatArray:
+    """Sums Gaussian spots at centers [2, N] on the rows y [H] and columns x [W]: [H, W] float32."""
     rows, columns, sizes, phases = (
-        np.asarray(a, np.float32)[:, None] for a in (rows, columns, sizes, phases)
+        a.astype(np.float32)[:, None] for a in (*centers, sizes, phases)
     )
     vertical = phases * np.exp(-0.5 * ((y - rows) / sizes) ** 2)
     horizontal = np.exp(-0.5 * ((x - columns) / sizes) ** 2)
     return vertical.T @ horizontal
 
 
-def _transfer(shape: tuple[int, ...], defocus: float) -> np.ndarray:
+def _transfer(height: int, width: int, defocus: float) -> FloatArray:
     """Transfer function of a defocused phase-contrast microscope for a weak phase object.
 
-    In focus the phase shows with negative sign (dark cells), less the smooth part of it that passes
-    through the phase ring and makes the halo; out of focus it shows as in bright field, by Fresnel
-    diffraction. See Born and Wolf, Principles of Optics, section 8.6.3, and for the halo Yin, Kanade
-    and Chen, Medical Image Analysis 16 (2012) 1047.
+    In focus, phase shows with negative sign (dark cells), less the smooth part of it that passes
+    through the phase ring and so makes the halo. Out of focus it shows as in bright field too, by
+    Fresnel diffraction. See Born and Wolf, Principles of Optics, sec. 8.6.3, and for the halo Yin,
+    Kanade and Chen, Medical Image Analysis 16 (2012) 1047.
 
     Args:
-        shape: of the phase map.
-        defocus: wavelength times distance from the focal plane, in square pixels.
+      height: rows of the phase map.
+      width: columns of the phase map.
+      defocus: wavelength times distance from the focal plane, in square pixels.
 
     Returns:
-        Real gain at each frequency of `np.fft.rfft2`, float32.
+      Real gain at each frequency of `np.fft.rfft2`, float32.
     """
-    fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
-    square = (fy**2 + fx**2).astype(np.float32)
-    ring = 0.97 * np.exp(-2 * (math.pi * 6.5) ** 2 * square)
-    aperture = np.exp(-2 * (math.pi * 0.75) ** 2 * square)
-    chi = math.pi * float(defocus) * square
+    squared = np.fft.fftfreq(height)[:, None] ** 2 + np.fft.rfftfreq(width) ** 2
+    squared = squared.astype(np.float32)
+    ring = 0.97 * np.exp(-2 * (math.pi * 6.5) ** 2 * squared)
+    aperture = np.exp(-2 * (math.pi * 0.75) ** 2 * squared)
+    chi = math.pi * defocus * squared
     coherence = np.exp(-0.15 * chi**2)
     return (np.sin(chi) - np.cos(chi) * (1 - ring)) * aperture * coherence
 
 
 def _record(
-    rng: np.random.Generator, acquisition: Acquisition, phase_image: np.ndarray
-) -> np.ndarray:
-    """Lights a phase image and records it: [H, W] uint8."""
-    v = np.linspace(-1, 1, phase_image.shape[0], dtype=np.float32)[:, None]
-    u = np.linspace(-1, 1, phase_image.shape[1], dtype=np.float32)
-    tilt = 1 - acquisition.gradient[0] * v - acquisition.gradient[1] * u
-    off = (v - acquisition.centre[0]) ** 2 + (u - acquisition.centre[1]) ** 2
-    light = acquisition.exposure * tilt * (1 - acquisition.vignette * off)
+    rng: np.random.Generator, acquisition: Acquisition, phase_image: FloatArray
+) -> npt.NDArray[np.uint8]:
+    """Lights a phase image [H, W] and records it."""
+    height, width = phase_image.shape
+    v = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    u = np.linspace(-1, 1, width, dtype=np.float32)
+    gradient = 1 - acquisition.gradient[0] * v - acquisition.gradient[1] * u
+    squared = (v - acquisition.center[0]) ** 2 + (u - acquisition.center[1]) ** 2
+    light = acquisition.exposure * gradient * (1 - acquisition.vignette * squared)
     signal = light * np.clip(1 + acquisition.contrast * phase_image, 0.05, None)
     noise = np.sqrt(signal / acquisition.electrons + acquisition.read_noise**2)
-    signal += noise * rng.standard_normal(signal.shape, dtype=np.float32)
+    signal = signal + noise * rng.standard_normal(signal.shape, dtype=np.float32)
     return np.clip(np.rint(signal), 0, 255).astype(np.uint8)
-
-
-def _rng(*key: object) -> np.random.Generator:
-    """Returns the generator that belongs to a key, whatever else was drawn before."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-
-
-def write_sample(root, *, seed=0, channels_per_class=4, fields_per_channel=6, height=480, width=640):
-    if root.exists(): return
-    def job(a):
-        line,c,f=a
-        ch=draw_channel(_rng(seed,c))
-        acq=draw_acquisition(_rng(seed,c,f))
-        im=simulate_field(_rng(seed,line.name,c,f),line,ch,acq,height=height,width=width)
-        d=root/line.name/f"channel_{c+1}"; d.mkdir(parents=True,exist_ok=True)
-        Image.fromarray(im).save(d/f"field_{f+1:02d}.png")
-    with ThreadPoolExecutor(2) as ex:
-        list(ex.map(job,[(l,c,f) for l in CELL_LINES for c in range(channels_per_class) for f in range(fields_per_channel)]))

@@ -98,11 +98,12 @@ def import_tfds() -> Any:
       Error: it is not installed.
     """
     try:
+        import array_record  # noqa: F401
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise Error(
-            f"TensorFlow Datasets cannot be imported ({error}); "
-            "pip install tensorflow-datasets array-record"
+            f"data sets of TFDS need packages that are not installed here ({error}); "
+            "pip install tensorflow-datasets array-record, which Windows does not have"
         ) from error
     tfds.disable_progress_bar()
     logging.getLogger("absl").addFilter(_is_not_chatter)
@@ -131,7 +132,7 @@ def _open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
             f"{', '.join(there) or 'none'}); "
             + (f"prepare it: {_how_to_prepare(name, folder)}" if known else _HOW_TO_NAME)
         ) from None
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:  # Whatever the parsers below it raise at a damaged file or name.
         raise Error(
             f"tfds:{name}: cannot be opened in {folder} ({_first_line(error)}); {_HOW_TO_NAME}"
         ) from error
@@ -175,7 +176,7 @@ def _export_split(builder: Any, name: str, split: str, sides: Sequence[str], fol
     def write(index: int) -> None:
         try:
             with lock:
-                example = source[index]
+                example = _read(source, index)
             class_name = _folder_name(_class_name(features[label], int(example[label])))
             stem = folder / sides[index % len(sides)] / class_name / f"{index:06d}"
             stem.parent.mkdir(parents=True, exist_ok=True)
@@ -189,13 +190,22 @@ def _export_split(builder: Any, name: str, split: str, sides: Sequence[str], fol
     return len(parallel_map(write, range(len(source)), title=f"exporting {split}"))
 
 
+def _read(source: Sequence[Any], index: int) -> Any:
+    try:
+        return source[index]
+    except (RuntimeError, ImportError, OSError, ValueError) as error:
+        raise Error(f"cannot be read ({_first_line(error)})") from error
+
+
 def _image_and_label(features: Mapping[str, Any], name: str) -> tuple[str, str]:
     """Returns the names of the one image feature and the one class label of a data set."""
     tfds = import_tfds()
 
     def is_image(feature: Any) -> bool:
         return isinstance(feature, tfds.features.Image) or (
-            isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 3
+            isinstance(feature, tfds.features.Tensor)
+            and len(feature.shape) == 3
+            and feature.np_dtype in (np.uint8, np.uint16, np.float32)
         )
 
     def is_label(feature: Any) -> bool:
@@ -205,7 +215,7 @@ def _image_and_label(features: Mapping[str, Any], name: str) -> tuple[str, str]:
     for usual, fits, what in (("image", is_image, "image"), ("label", is_label, "class label")):
         fitting = [key for key, feature in features.items() if fits(feature)]
         if usual not in fitting and len(fitting) != 1:
-            listed = ", ".join(f"{key} ({type(f).__name__})" for key, f in features.items())
+            listed = ", ".join(f"{key}: {' '.join(repr(f).split())}" for key, f in features.items())
             raise Error(
                 f"tfds:{name}: has {len(fitting) or 'no'} features that could be the {what}, and "
                 f"none called {usual!r}; its features are {listed}; choose a data set of images "
@@ -260,13 +270,12 @@ def _check_export(root: Path, name: str) -> None:
 
 def _decode(encoded: bytes, stem: Path, *, channels: int) -> np.ndarray:
     """Decodes as every image of ours is decoded; grey becomes the declared number of channels."""
-    starts = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"BM": ".bmp"}
-    suffix = next((suffix for start, suffix in starts.items() if encoded.startswith(start)), None)
-    if suffix is None:
-        raise Error(f"neither PNG, JPEG nor BMP (begins with {encoded[:8]!r})")
-    path = stem.with_name(f"{stem.name}.encoded{suffix}")
+    path = stem.with_name(f"{stem.name}.encoded")
     path.write_bytes(encoded)
-    pixels = read_image(path)
+    try:
+        pixels = read_image(path)
+    except Error as error:
+        raise Error(str(error).removeprefix(f"{path}: ")) from error
     path.unlink()
     return np.repeat(pixels, 3, axis=2) if (pixels.shape[2], channels) == (1, 3) else pixels
 

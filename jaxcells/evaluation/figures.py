@@ -11,6 +11,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxcells.evaluation.metrics import shortened
 
@@ -21,8 +22,8 @@ _STYLE = {
 }
 _DPI = 150
 # Class names come from folders: "$" and "_" in them are letters, not formulas.
-_LITERAL: dict[str, Any] = {"parse_math": False}
-# The colour of each channel, by the number of channels; magenta and green rather than red and green.
+_LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
+# Colours of the channels, by their number; magenta and green, as red and green look alike to many.
 _COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
@@ -37,7 +38,7 @@ def plot_curves(
         the same step the last counts, as after a resumed run.
       path: where the PNG goes.
       best_step: the step of the chosen checkpoint, marked on the validation curve; None marks the
-        first epoch of the highest validation accuracy.
+        epoch of the highest validation accuracy, of equal ones that of the lowest loss.
     """
     curves = {split: _curve(records, split) for split in _STYLE}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -50,7 +51,7 @@ def plot_curves(
                 axes.plot(curve["epoch"], curve[key], marker=marker, ms=3, lw=1.6, **_STYLE[split])
         _mark_best(axes, curves["val"], key, best_step)
         axes.set(title=title, xlabel="epoch", ylabel="nats" if key == "loss" else None)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -82,7 +83,8 @@ def plot_confusion(
         elif share[row, column] > 0.5:
             color = "white"
         size = float(np.clip(11 * cell, 6.5, 10))
-        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+        style: dict[str, Any] = {"fontsize": size, "color": color, "in_layout": False}
+        axes.text(column, row, text, ha="center", va="center", **style)
 
     names = [shortened(name, 28) for name in class_names]
     axes.set_yticks(range(num_classes), names, **_LITERAL)
@@ -98,7 +100,7 @@ def plot_confusion(
 
 
 def plot_crops_sheet(
-    crops: Mapping[str, Sequence[npt.NDArray[np.generic]]], path: str | Path, *, title: str = ""
+    crops: Mapping[str, Sequence[npt.NDArray[Any]]], path: str | Path, *, title: str = ""
 ) -> None:
     """Draw example crops, one row per class.
 
@@ -115,12 +117,12 @@ def plot_crops_sheet(
     height, width = np.max([crop.shape[:2] for crop in shown], axis=0)
     gap = max(2, width // 30)
     columns = max(map(len, crops.values()))
-    sheet = np.full((len(crops) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255)
-    remaining = iter(shown)
-    for row, examples in enumerate(crops.values()):
-        for column, crop in zip(range(len(examples)), remaining, strict=False):
-            y, x = row * (height + gap), column * (width + gap)
-            sheet[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+    size = (len(crops) * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    sheet = np.full(size, 255, np.uint8)
+    places = [(r, c) for r, row in enumerate(crops.values()) for c in range(len(row))]
+    for (row, column), crop in zip(places, shown, strict=True):
+        y, x = row * (height + gap), column * (width + gap)
+        sheet[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
 
     scale = 1.2 / width  # inches per pixel
     figure = Figure(
@@ -158,16 +160,16 @@ def _mark_best(
     axes: Axes, validation: dict[str, npt.NDArray[np.float64]], key: str, best_step: int | None
 ) -> None:
     if best_step is None:
-        indices = [validation["accuracy"].argmax()] if validation["epoch"].size else []
+        order = np.lexsort((validation["loss"], -validation["accuracy"]))
     else:
-        indices = np.flatnonzero(validation["step"] == best_step).tolist()
-    for index in indices:
+        order = np.flatnonzero(validation["step"] == best_step)
+    for index in order[:1]:
         epoch, value = validation["epoch"][index], validation[key][index]
-        label = f"best: epoch {epoch:g}, {value:.3f}"
+        label = f"best: epoch {epoch:g} ({value:.3f})"
         axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
 
 
-def _displayed(crops: Sequence[npt.NDArray[np.generic]]) -> list[npt.NDArray[np.uint8]]:
+def _displayed(crops: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[np.uint8]]:
     """Crops [H, W, C] of any dtype as [H, W, 3] uint8, all on one scale."""
     channels = crops[0].shape[-1]
     low, high = np.zeros(channels), np.full(channels, 255.0)
@@ -183,6 +185,8 @@ def _displayed(crops: Sequence[npt.NDArray[np.generic]]) -> list[npt.NDArray[np.
 
 
 def _percent(share: float) -> str:
+    if 0.99 < share < 1:
+        return ">99 %"
     return "<1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
@@ -192,7 +196,7 @@ def _save(figure: Figure, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         FigureCanvasAgg(figure)
-        figure.savefig(temporary, format="png", dpi=_DPI)
+        figure.savefig(temporary, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.1)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -222,7 +222,8 @@ def _receive(url: str, partial: Path) -> bool:
         position = offset if append else 0
         total = None if response.length is None else position + response.length
         try:
-            file = open(partial, "ab" if append else "wb")  # noqa: SIM115
+            # Unbuffered: what does not fit on the disk shows in the write, not when closing.
+            file = open(partial, "ab" if append else "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise _unwritable(partial, error) from error
         with (
@@ -238,11 +239,12 @@ def _receive(url: str, partial: Path) -> bool:
             ) as bar,
         ):
             while chunk := response.read(_CHUNK_BYTES):
-                try:
-                    file.write(chunk)
-                    file.flush()
-                except OSError as error:
-                    raise _unwritable(partial, error) from error
+                rest = memoryview(chunk)
+                while rest:
+                    try:
+                        rest = rest[file.write(rest) :]
+                    except OSError as error:
+                        raise _unwritable(partial, error) from error
                 position += len(chunk)
                 bar.update(len(chunk))
     if total is not None and position < total:

@@ -112,7 +112,6 @@ def train(
     meter = Meter(progress, window=1 if jax.default_backend() == "cpu" else 32)
 
     with (
-        checkpoints.open_checkpoints(directory) as manager,
         open_metrics(workdir, first_step=first_step, primary=primary) as writer,
         StopRequest() as stop,
         tqdm(
@@ -136,7 +135,7 @@ def train(
                 "model": model_args,
                 "init": init_record,
             }
-            checkpoints.save(manager, state, meta=meta, metrics=metrics)
+            checkpoints.save(directory, state, meta=meta, metrics=metrics)
             progress.checkpoint_s += time.monotonic() - began
 
         last_saved = first_step

@@ -57,6 +57,7 @@ def make_tfds(data_dir, features, splits, *, name="made"):
 
     class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("2.1.0")
+        code_path = None
 
         def _info(self):
             return tfds.core.DatasetInfo(
@@ -73,9 +74,11 @@ def make_tfds(data_dir, features, splits, *, name="made"):
     Made(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
-def encoded(pixels, form="png", **options):
+def encoded(image, form="png", **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.squeeze())
     file = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(file, form, **options)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
@@ -191,7 +194,7 @@ def test_crops_of_two_kinds_are_refused(tmp_path):
 
 
 def test_export_of_own_crops_is_lossless(tmp_path):
-    records, pixels = make_crops(tmp_path / "crops", dtype="uint16")
+    records, _ = make_crops(tmp_path / "crops", dtype="uint16")
     prepare_tfds(tmp_path / "crops", tmp_path / "tfds")
     export_tfds("jaxcells_crops", tmp_path / "out", data_dir=tmp_path / "tfds")
     exported = {
@@ -246,33 +249,26 @@ def test_export_holds_out_validation_where_there_is_none(tmp_path, caplog):
 
 def test_export_reads_every_stored_form(tmp_path):
     depth = np.array([[[65535], [258]], [[0], [1]]], np.uint16)
-    palette = Image.fromarray(IMAGES[0]).quantize(4)
     stored = {
         "jpeg": (tfds.features.Image(), encoded(IMAGES[0], "jpeg", quality=95)),
         "grey_as_colour": (tfds.features.Image(), encoded(IMAGES[0, ..., :1])),
-        "palette": (tfds.features.Image(), encoded_image(palette)),
         "sixteen_bit": (tfds.features.Image(shape=(2, 2, 1), dtype=np.uint16), encoded(depth)),
     }
     expected = {
         "jpeg": np.asarray(Image.open(io.BytesIO(stored["jpeg"][1]))),
         "grey_as_colour": np.repeat(IMAGES[0, ..., :1], 3, axis=2),
-        "palette": np.asarray(palette.convert("RGB")),
         "sixteen_bit": depth,
     }
     for name, (feature, data) in stored.items():
         features = IMAGE_FEATURES | {"image": feature}
-        make_tfds(tmp_path, features, {"all": [{"image": io.BytesIO(data), "label": 0}]}, name=name)
+        make_tfds(
+            tmp_path, features, {"whole": [{"image": io.BytesIO(data), "label": 0}]}, name=name
+        )
         export_tfds(name, tmp_path / f"out_{name}", data_dir=tmp_path)
         pixels = read_image(tmp_path / f"out_{name}" / "benign" / "000000.png")
         assert pixels.dtype == expected[name].dtype
         np.testing.assert_array_equal(pixels, expected[name], err_msg=name)
         assert files(tmp_path / f"out_{name}") == {"benign/000000.png"}
-
-
-def encoded_image(image):
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
 
 
 def test_complete_export_is_reused_another_is_refused(tmp_path):
@@ -311,10 +307,16 @@ def test_examples_without_label_and_strange_images(tmp_path):
     make_tfds(tmp_path, IMAGE_FEATURES, {"train": unlabelled}, name="unlabelled")
     with pytest.raises(Error, match="tfds:unlabelled, split train, example 1: has no label"):
         export_tfds("unlabelled", tmp_path / "out", data_dir=tmp_path)
-    strange = [{"image": io.BytesIO(b"GIF89a..."), "label": 0}]
-    make_tfds(tmp_path, IMAGE_FEATURES, {"train": strange}, name="strange")
-    with pytest.raises(Error, match="example 0: neither PNG, JPEG nor BMP"):
-        export_tfds("strange", tmp_path / "out", data_dir=tmp_path)
+    palette = Image.fromarray(IMAGES[0]).quantize(4)
+    for name, image, reason in (
+        ("gif", encoded(IMAGES[0], "gif"), "is no PNG, JPEG, TIFF or BMP image"),
+        ("palette", encoded(palette), "has indexed colours"),
+    ):
+        make_tfds(
+            tmp_path, IMAGE_FEATURES, {"a": [{"image": io.BytesIO(image), "label": 0}]}, name=name
+        )
+        with pytest.raises(Error, match=f"^tfds:{name}, split a, example 0: {reason}"):
+            export_tfds(name, tmp_path / "out", data_dir=tmp_path)
 
 
 def test_splits_that_cannot_be_used(tmp_path):
@@ -330,8 +332,13 @@ def test_no_image_or_no_label(tmp_path):
     make_tfds(
         tmp_path, {"text": text, "label": label}, {"a": [{"text": "x", "label": 0}]}, name="words"
     )
-    with pytest.raises(Error, match=r"no features that could be the image.*text \(Text\)"):
+    with pytest.raises(Error, match=r"no features that could be the image.*text: Text\("):
         export_tfds("words", tmp_path / "out", data_dir=tmp_path)
+    numbers = tfds.features.Tensor(shape=(2, 2, 1), dtype=np.int64)
+    example = {"image": np.zeros((2, 2, 1), np.int64), "label": 0}
+    make_tfds(tmp_path, {"image": numbers, "label": label}, {"a": [example]}, name="numbers")
+    with pytest.raises(Error, match=r"image: Tensor\(shape=\(2, 2, 1\), dtype=int64\)"):
+        export_tfds("numbers", tmp_path / "out", data_dir=tmp_path)
     two = {"first": IMAGE_FEATURES["image"], "cells": text}
     example = {"first": io.BytesIO(encoded(IMAGES[0])), "cells": "x"}
     make_tfds(tmp_path, two, {"a": [example]}, name="unclassified")
@@ -381,7 +388,7 @@ def test_format_that_needs_tensorflow(tmp_path):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("damage", ["info", "shard missing", "shard cut"])
+@pytest.mark.parametrize("damage", ["info", "shard missing", "shard cut", "shard flipped"])
 def test_damaged_data_set(tmp_path, damage):
     make_tfds(tmp_path, IMAGE_FEATURES, {"train": examples(5)})
     folder = tmp_path / "made" / "2.1.0"
@@ -390,14 +397,19 @@ def test_damaged_data_set(tmp_path, damage):
         (folder / "dataset_info.json").write_text("{")
     elif damage == "shard missing":
         shard.unlink()
-    else:
+    elif damage == "shard cut":
         shard.write_bytes(shard.read_bytes()[:100])
+    else:
+        content = bytearray(shard.read_bytes())
+        content[content.index(b"PNG") + 20] ^= 1
+        shard.write_bytes(content)
     with pytest.raises(Error, match="tfds:made") as caught:
         export_tfds("made", tmp_path / "out", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_without_tensorflow_datasets(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
+def test_without_the_packages(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Error, match="pip install tensorflow-datasets"):
         read_data_source("malaria", split="train", data_dir=tmp_path)

@@ -2,12 +2,15 @@ import pickle
 import shlex
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxcells import Error
+from jaxcells.models import create_model
 from jaxcells.models.weights import (
     PortError,
     flax_to_torch_name,
@@ -216,6 +219,70 @@ def test_transfer_from_another_run():
     assert_equal(merged["batch_stats"], source["batch_stats"])
     with pytest.raises(PortError, match=r"runs/a: .*missing \(params/layer2_0/downsample"):
         transfer(make_variables(shortcut=False), fresh, source="runs/a")
+
+
+BLOCKS = {"resnet18": (2, (2, 2, 2, 2)), "resnet50": (3, (3, 4, 6, 3))}
+
+
+def torchvision_names(name):
+    """The keys of torchvision's state_dict, without the batch counters."""
+    convs, sizes = BLOCKS[name]
+    names = ["conv1.weight", "fc.weight", "fc.bias"]
+    norms = ["bn1"]
+    for stage, size in enumerate(sizes, start=1):
+        for block in (f"layer{stage}.{i}" for i in range(size)):
+            names += [f"{block}.conv{i}.weight" for i in range(1, convs + 1)]
+            norms += [f"{block}.bn{i}" for i in range(1, convs + 1)]
+        if stage > 1 or convs == 3:
+            names.append(f"layer{stage}.0.downsample.0.weight")
+            norms.append(f"layer{stage}.0.downsample.1")
+    leaves = ("weight", "bias", "running_mean", "running_var")
+    return set(names) | {f"{norm}.{leaf}" for norm in norms for leaf in leaves}
+
+
+def random_variables(model, *, channels=3, seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.zeros((1, 32, 32, channels))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+    return jax.tree.map(lambda s: rng.uniform(0.1, 0.3, s.shape).astype(s.dtype), shapes)
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_networks_have_torchvision_s_tensors(name):
+    source = random_variables(create_model(name, num_classes=1000, width=8), seed=1)
+    fresh = random_variables(create_model(name, num_classes=3, width=8), seed=2)
+    tensors = to_torch(source)
+    assert set(tensors) == torchvision_names(name)
+    assert tensors["layer2.0.conv1.weight"].shape[:2] == (16, 8 if name == "resnet18" else 32)
+    counters = {
+        n.replace("running_mean", "num_batches_tracked"): np.array(9)
+        for n in tensors
+        if n.endswith("running_mean")
+    }
+    merged, report = load_pretrained(tensors | counters, fresh)
+    assert set(report.skipped) == {"fc.weight", "fc.bias"}
+    assert set(report.loaded) == set(tensors) - {"fc.weight", "fc.bias"}
+    assert set(report.ignored) == set(counters)
+    assert_equal(merged["batch_stats"], source["batch_stats"])
+    assert_equal(merged["params"]["layer4_1"], source["params"]["layer4_1"])
+    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
+
+
+def test_plain_network_refuses_the_residual_twin():
+    source = random_variables(create_model("resnet18", num_classes=3, width=8))
+    plain = random_variables(create_model("plain18", num_classes=3, width=8))
+    with pytest.raises(PortError, match=r"15 unexpected \(layer2.0.downsample.*this one is plain"):
+        load_pretrained(to_torch(source), plain)
+
+
+def test_one_channel_network_answers_grey_images_as_the_three_channel_one():
+    model = create_model("resnet18", num_classes=3, width=8)
+    source = random_variables(model, seed=1)
+    merged, _ = load_pretrained(to_torch(source), random_variables(model, channels=1, seed=2))
+    grey = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
+    apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
+    expected = apply(source, jnp.repeat(grey, 3, axis=-1))
+    np.testing.assert_allclose(apply(merged, grey), expected, rtol=1e-4)
 
 
 def _pickle_bytes(protocol):

@@ -1,0 +1,116 @@
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from jaxcells import Error
+from jaxcells.config import data_source, differences, load_config, save_config, validate
+
+CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
+
+
+def changed(**values):
+    config = default.get_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def test_the_default_is_the_recipe_of_the_reference_study():
+    config = default.get_config()
+    assert config.init == "imagenet"
+    assert config.model.name == "resnet34"
+    assert (config.data.crop_size, config.data.crops_per_class) == (200, 954)
+    assert config.data.split == (754, 100, 100)
+    assert (config.optim.learning_rate, config.optim.momentum) == (0.001, 0.9)
+    assert (config.optim.weight_decay, config.optim.schedule) == (0, "constant")
+    assert not config.data.augment.dihedral
+    assert (config.train.batch_size, config.train.num_epochs) == (32, 50)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configs_are_valid_and_open_with_their_command(name):
+    module = importlib.import_module(f"configs.{name}")
+    validate(module.get_config())
+    assert f"python launch.py --config configs/{name}.py" in module.__doc__
+    assert set(differences(default.get_config(), module.get_config())) or name in (
+        "default",
+        "resnet34",
+    )
+
+
+def test_all_mistakes_are_reported_at_once():
+    config = changed(
+        seed=-1,
+        init="nowhere.safetensors",
+        model__name="resnet35",
+        model__dtype="float16",
+        data__crops_per_class=120,
+        data__split_by="plate",
+        data__border=(1, 2, 3),
+        data__min_foreground=2.0,
+        data__plane="seven",
+        data__normalize="minmax",
+        optim__learning_rate=0.0,
+        optim__momentum=1.0,
+        optim__schedule="linear",
+        train__batch_size=1,
+    )
+    with pytest.raises(Error) as error:
+        validate(config)
+    text = str(error.value)
+    assert text.startswith("the config has 14 mistakes:\n")
+    for key in (
+        *("seed=-1", "init=", "model.name=", "model.dtype=", "data.split=", "data.split_by="),
+        *("data.border=", "data.min_foreground=", "plane", "data.normalize="),
+        *("optim.learning_rate=", "optim.momentum=", "optim.schedule=", "train.batch_size="),
+    ):
+        assert key in text
+    assert "--config.data.split=94,13,13" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"model__name": "plain34"}, "has no ImageNet weights; use --config.init=random"),
+        ({"model__width": 16}, "does not fit init=imagenet"),
+        ({"data__source": "folder"}, r"set --config\.data\.root=FOLDER"),
+        ({"data__source": "sample", "data__root": "x"}, "leave one of them out"),
+        ({"data__source": "web"}, "must be folder, sample, tfds:NAME or empty"),
+        ({"data__crop_size": 16}, "must be 32 or more, or 0"),
+        ({"data__split": (754, 200, 0)}, "three whole numbers of 1 or more"),
+    ],
+)
+def test_mistakes_say_what_to_do(values, text):
+    with pytest.raises(Error, match=text):
+        validate(changed(**values))
+
+
+def test_whole_images_need_no_matching_counts():
+    validate(changed(data__crop_size=0, data__crops_per_class=1, data__split=(8, 1, 1)))
+
+
+def test_the_source_follows_from_the_root():
+    assert data_source(changed()) == "sample"
+    assert data_source(changed(data__root="images")) == "folder"
+    assert data_source(changed(data__source="tfds:malaria", data__root="x")) == "tfds:malaria"
+
+
+def test_stored_configs_compare_by_key(tmp_path):
+    save_config(changed(train__num_epochs=3), tmp_path / "config.json")
+    stored = load_config(tmp_path / "config.json")
+    assert differences(stored, changed(train__num_epochs=3)) == []
+    assert differences(stored, changed(train__num_epochs=4, seed=1)) == [
+        "seed was 0, now 1",
+        "train.num_epochs was 3, now 4",
+    ]
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["split"] == [754, 100, 100]
+
+
+def test_missing_and_damaged_configs(tmp_path):
+    with pytest.raises(Error, match="is not the workdir of a run"):
+        load_config(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(Error, match="damaged"):
+        load_config(tmp_path / "config.json")

@@ -1,0 +1,280 @@
+"""Whole runs of the command line on small folders, each in a process of its own."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcells.logs import read_metrics
+from jaxcells.training.checkpoints import best_step, list_steps, read_record
+from tests.data.folders import textured, write_image
+
+REPOSITORY = Path(__file__).parents[1]
+OVERRIDES = [
+    *("--config.model.width=4", "--config.data.crop_size=32", "--config.data.crops_per_class=40"),
+    *("--config.data.split=28,6,6", "--config.train.batch_size=8", "--config.train.num_epochs=4"),
+    *("--config.optim.learning_rate=0.02", "--config.data.augment.dihedral=True"),
+]
+EPOCHS, STEPS_PER_EPOCH = 4, 7
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Two classes that differ in texture, 18 fields each."""
+    root = tmp_path_factory.mktemp("images")
+    for label in ("coarse", "fine"):
+        for number in range(18):
+            fine = textured(64, 64, number + 100 * (label == "fine"))
+            if label == "coarse":
+                fine = fine[:16, :16].repeat(4, 0).repeat(4, 1)
+            write_image(root / label / f"field{number}.png", fine)
+    return root
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
+        # All processes here run the same program.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def command(images: Path, workdir: Path, *extra: str) -> list[str]:
+    return [
+        *(sys.executable, str(REPOSITORY / "launch.py")),
+        *("--config", str(REPOSITORY / "configs/demo.py"), "--workdir", str(workdir)),
+        *(f"--config.data.root={images}", *OVERRIDES, *extra),
+    ]
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(images, environment, tmp_path_factory) -> Path:
+    """The workdir of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    result = run(command(images, workdir), environment)
+    assert result.returncode == 0, result.stderr
+    (workdir / "terminal.txt").write_text(result.stdout + result.stderr)
+    return workdir
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    """Returns the hashes of the last checkpoint's parameters, statistics, optimiser and step."""
+    step = list_steps(workdir / "checkpoints")[-1]
+    hashes = read_record(workdir / "checkpoints", step)["sha256"]
+    return {"step": step, "variables": hashes["variables"], "optimizer": hashes["optimizer"]}
+
+
+def without_timings(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+def test_a_run_leaves_everything_that_the_design_promises(finished, images):
+    results = json.loads((finished / "results.json").read_text())
+    for name in ("test", "validation"):
+        figures = results[name]
+        assert set(figures) >= {
+            *("accuracy", "balanced_accuracy", "loss", "per_class", "confusion_matrix"),
+            *("interval_95", "num_crops", "num_fields"),
+        }
+        assert figures["num_crops"] == np.sum(figures["confusion_matrix"]) == 12
+        low, high = figures["interval_95"]["accuracy"]
+        assert low <= figures["accuracy"] <= high
+    assert results["test"]["opened"] == 1
+    assert results["init"]["kind"] == "random"
+    assert results["data"]["split_by"] == "field"
+    assert results["data"]["classes"] == ["coarse", "fine"]
+    assert results["data"]["crops_per_class"]["train"] == {"coarse": 28, "fine": 28}
+    assert set(results["timing"]) >= {
+        *("crop_s", "compile_s", "train_s", "evaluate_s", "total_s"),
+        *("train_images_per_second", "eval_images_per_second"),
+    }
+    assert results["num_steps"] == EPOCHS * STEPS_PER_EPOCH
+    assert results["best_step"] == best_step(finished / "checkpoints")
+    assert results["environment"]["dependencies"]["jax"] == jax.__version__
+    assert results["environment"]["devices"]["platform"] == "cpu"
+    assert 0 <= results["baseline"]["test_accuracy"] <= 1
+    for name in ("config.json", "environment.json", "curves.png", "confusion.png"):
+        assert (finished / name).stat().st_size > 0
+    assert list((finished / "tensorboard").iterdir())
+    assert len(list_steps(finished / "checkpoints")) in (2, 3)
+    history = [json.loads(x) for x in (finished / "history.jsonl").read_text().splitlines()]
+    assert [(line["verb"], line["split"]) for line in history] == [("train", "test")]
+
+
+def test_predictions_agree_with_the_figures(finished):
+    results = json.loads((finished / "results.json").read_text())
+    with open(finished / "predictions_test.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    for row in rows:
+        probabilities = {name: float(row[f"probability {name}"]) for name in ("coarse", "fine")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(probabilities, key=probabilities.__getitem__)
+        assert row["path"].startswith(f"test/{row['label']}/")
+    accuracy = np.mean([row["label"] == row["prediction"] for row in rows])
+    assert accuracy == pytest.approx(results["test"]["accuracy"])
+
+
+def test_metrics_have_a_record_per_epoch_and_split(finished):
+    records = read_metrics(finished / "metrics.jsonl")
+    assert [(r["step"], r["epoch"], r["split"]) for r in records] == [
+        (STEPS_PER_EPOCH * epoch, epoch, split)
+        for epoch in range(1, EPOCHS + 1)
+        for split in ("train", "val")
+    ]
+    for record in records:
+        assert record["loss"] > 0
+        assert 0 <= record["accuracy"] <= 1
+    train = [r for r in records if r["split"] == "train"]
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert train[0]["images_per_second"] > 0
+    # A cosine from 0.02: the rate of the last step of the first epoch.
+    expected = 0.02 * 0.5 * (1 + np.cos(np.pi * 6 / 28))
+    assert train[0]["learning_rate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_terminal_tells_what_matters(finished):
+    text = (finished / "terminal.txt").read_text()
+    assert "running on the CPU" in text
+    assert "steps left" in text
+    assert "audit passed" in text
+    assert "epoch 4/4" in text
+    assert "balanced accuracy" in text.lower()
+    assert "orbax" not in text.lower()
+
+
+def test_a_finished_run_says_so(finished, images, environment):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix != ".lock"}
+    result = run(command(images, finished), environment)
+    assert result.returncode == 0
+    assert "this run is finished" in result.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix != ".lock"} == before
+
+
+def test_a_changed_config_is_refused_with_its_keys(finished, images, environment):
+    result = run(command(images, finished, "--config.train.num_epochs=9"), environment)
+    assert result.returncode == 2
+    assert "train.num_epochs was 4, now 9" in result.stderr
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, epoch: int, delay: float) -> None:
+    """Waits until an epoch is recorded, then a little: somewhere in a later step."""
+    deadline = time.monotonic() + 240
+    while not any(r["epoch"] >= epoch for r in read_metrics(workdir / "metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(delay)
+
+
+def test_killed_and_resumed_is_bit_identical(finished, images, environment, tmp_path):
+    chance = random.Random(int.from_bytes(os.urandom(4), "little"))
+    workdir = tmp_path / "interrupted"
+    # Killed at once, somewhere after the first epoch.
+    process = subprocess.Popen(
+        command(images, workdir), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(process, workdir, 1, chance.uniform(0, 0.2))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # Asked to stop, somewhere in the rest; it may be done by then.
+    process = subprocess.Popen(
+        command(images, workdir), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(process, workdir, 2, chance.uniform(0, 0.1))
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    _, text = process.communicate()
+    assert "resuming at step" in text
+    if process.returncode == 143:
+        assert "the same command resumes there" in text
+        assert time.monotonic() - asked < 20
+    result = run(command(images, workdir), environment)
+    assert result.returncode == 0, result.stderr
+    assert digests(workdir) == digests(finished)
+    assert without_timings(read_metrics(workdir / "metrics.jsonl")) == without_timings(
+        read_metrics(finished / "metrics.jsonl")
+    )
+    whole, resumed = (json.loads((w / "results.json").read_text()) for w in (finished, workdir))
+    assert resumed["test"] == whole["test"]
+    assert (workdir / "predictions_test.csv").read_text() == (
+        finished / "predictions_test.csv"
+    ).read_text()
+
+
+def test_a_second_process_on_one_workdir_is_refused(images, environment, tmp_path):
+    from jaxcells.experiment import lock_workdir
+
+    with lock_workdir(tmp_path / "busy"):
+        result = run(command(images, tmp_path / "busy"), environment)
+    assert result.returncode == 2
+    assert "another process is working there" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(images, environment, tmp_path):
+    workdir = tmp_path / "nan"
+    result = run(command(images, workdir, "--config.optim.learning_rate=1e30"), environment)
+    assert result.returncode == 2
+    assert "the loss is" in result.stderr
+    assert "at step" in result.stderr
+    assert list_steps(workdir / "checkpoints") == []
+
+
+def test_missing_weights_stop_a_run_on_anyones_own_images(images, environment, tmp_path):
+    offline = {**environment, "JAXCELLS_CACHE": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    arguments = command(
+        images, tmp_path / "run", "--config.init=imagenet", "--config.model.width=64"
+    )
+    result = run(arguments, offline)
+    assert result.returncode == 2
+    assert "--config.init=random" in result.stderr
+    assert not (tmp_path / "run" / "crops").exists()
+
+
+def test_a_run_can_begin_from_an_earlier_one(finished, images, environment, tmp_path):
+    workdir = tmp_path / "second"
+    extra = [f"--config.init={finished}", "--config.train.num_epochs=1", "--config.seed=1"]
+    result = run(command(images, workdir, *extra), environment)
+    assert result.returncode == 0, result.stderr
+    init = json.loads((workdir / "results.json").read_text())["init"]
+    assert init["kind"] == "run"
+    assert init["source"] == str(finished)
+
+
+def test_evaluate_gives_the_figures_of_the_run_and_keeps_count(finished, environment):
+    launch = [sys.executable, str(REPOSITORY / "launch.py"), "evaluate", "--workdir", str(finished)]
+    result = run([*launch, "--split=test"], environment)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((finished / "results.json").read_text())
+    again = json.loads((finished / f"evaluation_test_step{results['best_step']}.json").read_text())
+    for key in ("accuracy", "loss", "confusion_matrix", "interval_95"):
+        assert again[key] == results["test"][key]
+    assert "opened for the 2. time" in result.stderr
+    history = (finished / "history.jsonl").read_text().splitlines()
+    assert json.loads(history[-1])["verb"] == "evaluate"
+
+    assert run([*launch, "--checkpoint=latest"], environment).returncode == 0
+    assert (finished / f"evaluation_val_step{EPOCHS * STEPS_PER_EPOCH}.json").exists()
+    wrong = run([*launch, "--split=dev"], environment)
+    assert wrong.returncode == 2
+    assert "use one of train, val, test" in wrong.stderr
+    assert run([*launch, "--checkpoint=12345"], environment).returncode == 2
