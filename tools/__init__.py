@@ -1,1 +1,1 @@
-"""Scripts for those who work on jaxcells; run from the repository root as `python -m tools.NAME`."""
+"""Scripts for those who work on jaxcells: `python -m tools.NAME` from the repository root."""

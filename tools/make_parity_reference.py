@@ -10,6 +10,7 @@ after each stage, mean, standard deviation and 256 values of the activation.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from tests.models.seeded_tensors import (
 from tools.torchvision_import import import_torchvision
 
 _PATH = Path(__file__).parents[1] / "tests" / "models" / "parity_reference.npz"
+
+
+def _keep(outputs: dict[str, Any], stage: str, _module: Any, _inputs: Any, output: Any) -> None:
+    outputs[stage] = output
 
 
 def main() -> None:
@@ -46,9 +51,7 @@ def main() -> None:
         outputs: dict[str, Any] = {}
         for stage in STAGES:
             module = model.maxpool if stage == "stem" else getattr(model, stage)
-            module.register_forward_hook(
-                lambda _, __, output, stage=stage: outputs.update({stage: output})
-            )
+            module.register_forward_hook(partial(_keep, outputs, stage))
         for size in SIZES:
             with torch.inference_mode():
                 logits = model(torch.from_numpy(seeded_image(size)))

@@ -1,8 +1,10 @@
 """What every file format owes `images.read_image`: a checked header and a way to the pixels."""
 
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
@@ -55,6 +57,11 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
+def file_size(file: BinaryIO) -> int:
+    """Bytes of an open file."""
+    return os.fstat(file.fileno()).st_size
+
+
 def check_dtype(dtype: np.dtype) -> None:
     """Refuse pixels that are not uint8, uint16 or float32: converting is the owner's decision.
 
@@ -72,7 +79,7 @@ def check_dtype(dtype: np.dtype) -> None:
     )
 
 
-def check_size(height: int, width: int, channels: int, dtype: np.dtype, file_size: int) -> None:
+def check_size(height: int, width: int, channels: int, dtype: np.dtype, stored: int) -> None:
     """Refuse, before anything is allocated, an image too large or larger than its file can hold.
 
     Raises:
@@ -88,8 +95,8 @@ def check_size(height: int, width: int, channels: int, dtype: np.dtype, file_siz
         raise Refused(
             f"{declared}; at most {MAX_BYTES / 2**30:g} GiB are read at once): cut it into fields"
         )
-    if nbytes > max(_ALWAYS_ALLOWED, _MAX_EXPANSION * file_size):
-        raise Refused(f"{declared}) in a file of {file_size} bytes: damaged, or made to do harm")
+    if nbytes > max(_ALWAYS_ALLOWED, _MAX_EXPANSION * stored):
+        raise Refused(f"{declared}) in a file of {stored} bytes: damaged, or made to do harm")
 
 
 def is_lookup_ramp(palette: np.ndarray) -> bool:

@@ -1,7 +1,6 @@
 """PNG, JPEG and BMP: the header first, then the pixels, exactly as they are stored."""
 
 import io
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -17,17 +16,13 @@ from jaxcells.data.picture import (
     check_dtype,
     check_size,
     exif_orientation,
+    file_size,
     is_lookup_ramp,
 )
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type, alpha included
-_MASK = np.dtype(bool)
 _ALPHA = "alpha channel dropped"
-
-
-def _file_size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def _read_palette(indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -58,20 +53,15 @@ def _palette_note(palette: np.ndarray) -> str:
 
 def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """Yield type, offset and length of each chunk, reading none of them."""
-    file_size = _file_size(file)
+    size = file_size(file)
     position = len(_PNG_SIGNATURE)
     kind = b""
     while kind != b"IEND":
         file.seek(position)
         head = file.read(8)
-        if len(head) < 8:
-            raise Refused("is truncated: it ends before its last chunk")
-        (length,) = struct.unpack(">I", head[:4])
-        kind = head[4:]
-        if position + 12 + length > file_size:
-            raise Refused(
-                f"is truncated or damaged: a chunk reaches past byte {file_size}, its end"
-            )
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if position + 12 + length > size:
+            raise Refused(f"is truncated or damaged: its chunks do not end within {size} bytes")
         yield kind, position + 8, length
         position += 12 + length
 
@@ -107,9 +97,9 @@ def open_png(file: BinaryIO) -> Picture:
     dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
     stored = _PNG_CHANNELS[colour]
     channels = stored - 1 if colour in (4, 6) else stored
-    check_size(height, width, stored, dtype, _file_size(file))
+    check_size(height, width, stored, dtype, file_size(file))
     if depth == 1:
-        check_dtype(_MASK)
+        check_dtype(np.dtype(bool))
     notes = [_ALPHA] if colour in (4, 6) else []
     if depth < 8 and colour == 0:
         notes.append(f"{depth}-bit samples scaled to 0..255, as PNG defines them")
@@ -151,7 +141,7 @@ def open_jpeg(file: BinaryIO) -> Picture:
     if image.mode not in ("L", "RGB"):
         raise Refused(f"is a {image.mode} JPEG: save it as RGB")
     channels = 3 if image.mode == "RGB" else 1
-    check_size(image.height, image.width, channels, np.dtype(np.uint8), _file_size(file))
+    check_size(image.height, image.width, channels, np.dtype(np.uint8), file_size(file))
     notes = ("first picture of a multi-picture file",) if "mp" in image.info else ()
 
     def decode() -> np.ndarray:
@@ -178,11 +168,11 @@ def open_bmp(file: BinaryIO) -> Picture:
     (header_size,) = struct.unpack_from("<I", head, 14)
     (bits,) = struct.unpack_from("<H", head, 24 if header_size == 12 else 28)
     if bits == 1:
-        check_dtype(_MASK)
+        check_dtype(np.dtype(bool))
     file.seek(0)
     image = BmpImagePlugin.BmpImageFile(file)
     channels = 1 if image.mode in ("L", "P") else 3
-    check_size(image.height, image.width, channels, np.dtype(np.uint8), _file_size(file))
+    check_size(image.height, image.width, channels, np.dtype(np.uint8), file_size(file))
     notes = (_ALPHA,) if image.mode == "RGBA" else ()
     colours = np.zeros((0, 3), np.uint8)
     if image.mode == "P":

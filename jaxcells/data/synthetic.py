@@ -68,7 +68,7 @@ CELL_LINES = (
         name="sim-A",  # small, smooth, with a large nucleus
         diameter=31.0,
         nucleus_ratio=0.72,
-        granules=4.0,
+        granules=3.0,
         granule_size=1.3,
         granule_phase=0.45,
         vacuoles=0.3,
@@ -77,14 +77,14 @@ CELL_LINES = (
     ),
     CellLine(
         name="sim-B",  # large, with coarse dark granules and a small nucleus to one side
-        diameter=37.0,
-        nucleus_ratio=0.48,
+        diameter=36.0,
+        nucleus_ratio=0.47,
         granules=9.0,
         granule_size=2.1,
-        granule_phase=0.60,
+        granule_phase=0.57,
         vacuoles=0.1,
         membrane_width=1.3,
-        membrane_phase=0.50,
+        membrane_phase=0.47,
     ),
     CellLine(
         name="sim-C",  # full of fine bright vacuoles, with a broad membrane
@@ -242,9 +242,9 @@ def draw_acquisition(rng: np.random.Generator) -> Acquisition:
         gradient=(rng.normal(0, 0.1), rng.normal(0, 0.1)),
         vignette=rng.uniform(0.03, 0.15),
         center=(rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4)),
-        contrast=math.exp(rng.normal(0, 0.25)),
+        contrast=math.exp(rng.uniform(-0.4, 0.4)),
         defocus=rng.normal(0, 0.8),
-        crowding=rng.uniform(1.04, 1.3),
+        crowding=rng.uniform(1.02, 1.2),
         specks=int(rng.poisson(rng.gamma(2, 10))),
         electrons=20 * math.exp(rng.normal(0, 0.5)),
         read_noise=rng.uniform(0.5, 1.5),

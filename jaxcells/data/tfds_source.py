@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.parallel import parallel_map
+from jaxcells.data.rng import named_generator
 from jaxcells.errors import Error
 
 logger = logging.getLogger("jaxcells")
@@ -30,8 +31,6 @@ _SIDE_OF_SPLIT = {
     "test": "test",
 }
 _MARKER = ".tfds.json"
-# Of a data set that comes without a validation split, every tenth training example becomes one.
-_HELD_OUT = 10
 _HOW_TO_NAME = (
     "set --config.data.source=tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION, and "
     "--config.data.root to the folder of TFDS data sets"
@@ -63,8 +62,8 @@ def export_tfds(
     """Writes the examples of a prepared TFDS data set as image files, pixel for pixel.
 
     A data set with a train and a test split becomes `root/{train,val,test}/<class>/`; if it has no
-    validation split, every tenth training example goes to `val`. A data set with one split becomes
-    `root/<class>/`. A complete export of the same name is reused.
+    validation split, a tenth of the training examples, drawn at random, goes to `val`. A data set
+    with one split becomes `root/<class>/`. A complete export of the same name is reused.
 
     Args:
       name: see `read_data_source`.
@@ -83,7 +82,8 @@ def export_tfds(
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     num_images = 0
-    for split, sides in _sides(list(builder.info.splits), name).items():
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    for split, sides in _sides(sizes, name).items():
         num_images += _export_split(builder, name, split, sides, partial)
     marker = {"name": name, "data_set": builder.info.full_name, "num_images": num_images}
     (partial / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
@@ -178,7 +178,7 @@ def _export_split(builder: Any, name: str, split: str, sides: Sequence[str], fol
             with lock:
                 example = _read(source, index)
             class_name = _folder_name(_class_name(features[label], int(example[label])))
-            stem = folder / sides[index % len(sides)] / class_name / f"{index:06d}"
+            stem = folder / sides[index] / class_name / f"{index:06d}"
             stem.parent.mkdir(parents=True, exist_ok=True)
             pixels = example[image]
             if isinstance(pixels, bytes):
@@ -225,26 +225,26 @@ def _image_and_label(features: Mapping[str, Any], name: str) -> tuple[str, str]:
     return chosen[0], chosen[1]
 
 
-def _sides(splits: Sequence[str], name: str) -> dict[str, tuple[str, ...]]:
-    """Returns, by split, the sides of ours its examples go to in turn; "": our own splitting."""
-    if len(splits) == 1:
-        return {splits[0]: ("",)}
-    by_side = {_SIDE_OF_SPLIT[split]: split for split in splits if split in _SIDE_OF_SPLIT}
+def _sides(sizes: Mapping[str, int], name: str) -> dict[str, list[str]]:
+    """Returns, by split, the side of ours of each of its examples; "" where we split."""
+    if len(sizes) == 1:
+        return {split: [""] * size for split, size in sizes.items()}
+    by_side = {_SIDE_OF_SPLIT[split]: split for split in sizes if split in _SIDE_OF_SPLIT}
     if not {"train", "test"} <= set(by_side):
         raise Error(
-            f"tfds:{name}: has the splits {', '.join(splits)}; needed are either train, validation "
+            f"tfds:{name}: has the splits {', '.join(sizes)}; needed are either train, validation "
             "and test, or train and test, or only one; choose another data set or configuration"
         )
-    if others := sorted(set(splits) - set(by_side.values())):
+    if others := sorted(set(sizes) - set(by_side.values())):
         logger.warning("tfds:%s: leaving out the splits %s", name, ", ".join(others))
-    sides: dict[str, tuple[str, ...]] = {split: (side,) for side, split in by_side.items()}
+    sides = {split: [side] * sizes[split] for side, split in by_side.items()}
     if "val" not in by_side:
-        logger.warning(
-            "tfds:%s: no validation split, so every %dth training example is held out for it",
-            name,
-            _HELD_OUT,
-        )
-        sides[by_side["train"]] = ("train",) * (_HELD_OUT - 1) + ("val",)
+        train = sides[by_side["train"]]
+        logger.warning("tfds:%s: no validation split; a tenth of train is held out for it", name)
+        # Not every tenth in turn: the classes may come in turn as well.
+        order = named_generator(0, "validation").permutation(len(train))
+        for index in order[: max(1, len(train) // 10)]:
+            train[index] = "val"
     return sides
 
 

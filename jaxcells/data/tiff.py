@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +12,18 @@ from typing import BinaryIO
 import numpy as np
 import tifffile
 
-from jaxcells.data.picture import Picture, Refused, check_dtype, check_size, is_lookup_ramp
+from jaxcells.data.picture import (
+    Picture,
+    Refused,
+    check_dtype,
+    check_size,
+    file_size,
+    is_lookup_ramp,
+)
 from jaxcells.data.planes import OPTION, Plane, select
 
-_MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
+_MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _OLD_JPEG, _JPEG = 6, 7
-_JPEG_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf].{3}(..)(..)", re.DOTALL)
 
 
 class _Quiet(logging.Filter):
@@ -38,12 +42,13 @@ logging.getLogger("tifffile").addFilter(_Quiet())
 def _quiet() -> Iterator[None]:
     _Quiet.local.reading = True
     try:
-        yield
+        with np.errstate(all="ignore"):  # MetaMorph tags may hold the fraction 0/0
+            yield
     finally:
         _Quiet.local.reading = False
 
 
-def _check_page_list(file: BinaryIO, file_size: int) -> None:
+def _check_page_list(file: BinaryIO) -> None:
     """Follow the list of pages to its end.
 
     tifffile cuts a damaged list short with a line in its log, so that a truncated stack would pass
@@ -52,6 +57,7 @@ def _check_page_list(file: BinaryIO, file_size: int) -> None:
     Raises:
         Refused: the list leaves the file or loops.
     """
+    size = file_size(file)
     file.seek(0)
     head = file.read(16).ljust(16, b"\0")
     order = "<" if head[:2] == b"II" else ">"
@@ -64,15 +70,17 @@ def _check_page_list(file: BinaryIO, file_size: int) -> None:
         if offset in seen:
             raise Refused("is damaged: its list of pages runs in a circle")
         seen.add(offset)
-        if offset + count_size > file_size:
+        if offset + count_size > size:
             raise Refused(f"is truncated: page {len(seen)} lies beyond the end of the file")
         file.seek(offset)
         (count,) = struct.unpack(f"{order}{count_type}", file.read(count_size))
         end = offset + count_size + count * entry_size
-        if end + offset_size > file_size:
+        if end + offset_size > size:
             raise Refused(f"is truncated: the file ends inside the tags of page {len(seen)}")
         file.seek(end)
         (offset,) = struct.unpack(f"{order}{offset_type}", file.read(offset_size))
+    if not seen:
+        raise Refused("has no pages")
 
 
 def _choose_series(tif: tifffile.TiffFile, plane: Plane) -> tifffile.TiffPageSeries:
@@ -83,8 +91,6 @@ def _choose_series(tif: tifffile.TiffFile, plane: Plane) -> tifffile.TiffPageSer
     """
     if tif.is_lsm:
         raise Refused("is a Zeiss LSM file: export it as OME-TIFF (Fiji does)")
-    if not tif.series:
-        raise Refused("has no pages")
     if tif.series[0].kind in ("uniform", "generic") and (tif.is_imagej or tif.is_stk):
         raise Refused("is damaged: it has not the pages that its own description lists")
     # Thumbnails, reduced copies and transparency masks say so in their NewSubfileType tag.
@@ -130,7 +136,7 @@ def _check_page(page: tifffile.TiffPage) -> list[str]:
     photometric = page.photometric
     readable = photometric in (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE)
     if not readable and not (photometric == _YCBCR and page.compression == _JPEG):
-        name = getattr(photometric, "name", photometric)
+        name = "CMYK" if photometric == _CMYK else getattr(photometric, "name", photometric)
         raise Refused(f"has {name} colours: convert it to grey or RGB")
     if photometric == _PALETTE:
         if page.colormap is None or not is_lookup_ramp(page.colormap.T):
@@ -150,7 +156,7 @@ def _check_page(page: tifffile.TiffPage) -> list[str]:
     return notes
 
 
-def _check_segments(page: tifffile.TiffPage, file_size: int) -> None:
+def _check_segments(page: tifffile.TiffPage, size: int) -> None:
     """Refuse a page whose strips or tiles are not all there: tifffile would read them as zeros."""
     segments = list(zip(page.dataoffsets, page.databytecounts, strict=False))
     expected = math.prod(page.chunked)
@@ -161,21 +167,31 @@ def _check_segments(page: tifffile.TiffPage, file_size: int) -> None:
     for offset, count in segments:
         if offset <= 0 or count <= 0:
             raise Refused("is damaged: a strip or tile has no data")
-        if offset + count > file_size:
-            raise Refused(f"is truncated: it needs {offset + count} bytes and has {file_size}")
+        if offset + count > size:
+            raise Refused(f"is truncated: it needs {offset + count} bytes and has {size}")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Rows and columns that a JPEG stream declares; zeros where it declares none."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from(">HH", data, at + 5)
+        at += 1 if marker == 0xFF else 2 + length
+    return 0, 0
 
 
 def _check_jpeg_segments(page: tifffile.TiffPage, file: BinaryIO) -> None:
     """Refuse JPEG strips that end early, which libjpeg fills with grey, or that are too large."""
-    rows, columns = page.tile or (page.rowsperstrip, page.imagewidth)
+    *_, most_rows, most_columns = page.tile or (page.rowsperstrip, page.imagewidth)
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         file.seek(offset)
         data = file.read(count)
-        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        if not data.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
             raise Refused("is truncated: a JPEG strip or tile has no end")
-        frame = _JPEG_FRAME.search(data)
-        size = [int.from_bytes(group, "big") for group in frame.groups()] if frame else [0, 0]
-        if size[0] > rows or size[1] > columns:
+        rows, columns = _jpeg_size(data)
+        if rows > most_rows or columns > most_columns:
             raise Refused("is damaged: a JPEG strip or tile is larger than its place")
 
 
@@ -191,15 +207,14 @@ def _page_readers(
         page_count: how many pages the axes of `series` amount to.
     """
     keyframe, tif = series.keyframe, series.parent
-    file_size = os.fstat(file.fileno()).st_size
-    if len(series) < page_count or len(tif.pages) < page_count:
+    size = file_size(file)
+    fewer = min(len(series), len(tif.pages)) < page_count
+    if fewer and series.dataoffset is not None:
         # One page describes them all; their pixels follow one another (large ImageJ stacks, STK).
-        if series.dataoffset is None:
-            raise Refused(f"is damaged: it describes {page_count} pages and has {len(tif.pages)}")
         nbytes, dtype = keyframe.nbytes, keyframe.dtype.newbyteorder(tif.byteorder)
         needed = series.dataoffset + page_count * nbytes
-        if needed > file_size:
-            raise Refused(f"is truncated: it needs {needed} bytes and has {file_size}")
+        if needed > size:
+            raise Refused(f"is truncated: it needs {needed} bytes and has {size}")
 
         def read_at(offset: int) -> np.ndarray:
             file.seek(offset)
@@ -210,15 +225,18 @@ def _page_readers(
 
     readers: list[Callable[[], np.ndarray]] = []
     for k in indices:
-        frame = series[k]
+        frame = series[k] if k < len(series) else None
         if frame is None:
-            raise Refused(f"lacks page {k} of its {page_count}: it is one file of a set")
+            raise Refused(
+                f"lacks page {k} of the {page_count} it describes: it is one file of a set, or an "
+                "acquisition that was cut short"
+            )
         # A frame takes its layout from the first page on trust; the page itself is asked here.
         page = frame if frame.is_virtual else frame.aspage()
         if (page.shape, page.dtype) != (keyframe.shape, keyframe.dtype):
             raise Refused(f"has pages of different sizes or types (page {k})")
         _check_page(page.keyframe)
-        _check_segments(page, file_size)
+        _check_segments(page, size)
         readers.append(partial(_decode, page, file))
     return readers
 
@@ -240,8 +258,8 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     Raises:
         Refused: the axes leave a choice, the pixels are no intensities, or the file is damaged.
     """
-    file_size = os.fstat(file.fileno()).st_size
-    _check_page_list(file, file_size)
+    size = file_size(file)
+    _check_page_list(file)
     file.seek(0)
     with _quiet():
         # The arguments keep tifffile from gathering the other files of a set.
@@ -252,7 +270,7 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
         if series.transform is not None:
             raise Refused("stores scaled values (a gel scanner's format): export it as plain TIFF")
         if tif.is_ome and series.kind != "ome":
-            notes.append("one file of a multi-file OME-TIFF; only its own pages are read")
+            notes.append("OME metadata not used (a multi-file set?); only this file is read")
         axes, shape = series.get_axes(squeeze=True), series.get_shape(squeeze=True)
         inner = len(keyframe.shape)
         within = dict(zip(axes[-inner:], shape[-inner:], strict=False))
@@ -260,10 +278,11 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
             raise Refused(f"has pages {keyframe.shape} that do not fit its axes {axes} {shape}")
         selection = select(axes, shape, inner, plane)
         height, width = within["Y"], within["X"]
-        stored = math.prod(keyframe.tile or ()) * keyframe.samplesperpixel
         dtype = keyframe.dtype.newbyteorder("=")
-        check_size(height, width, selection.channels, dtype, file_size)
-        check_size(1, 1, max(stored, 1), dtype, file_size)
+        check_size(height, width, selection.channels, dtype, size)
+        # A small image may claim a tile that is not.
+        *_, tile_height, tile_width = keyframe.tile or (1, 1)
+        check_size(tile_height, tile_width, keyframe.samplesperpixel, dtype, size)
         readers = _page_readers(series, file, selection.pages, math.prod(shape[:-inner]))
         samples = selection.channels // len(readers)
         channels = selection.channels - int(samples > 1 and _has_alpha(keyframe))

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxcells.data.arrays import SplitArrays
-from jaxcells.data.loader import eval_batches
+from jaxcells.data.loader import Batch, eval_batches, num_batches
 from jaxcells.data.manifest import CropRecord
 from jaxcells.data.normalization import Normalization
 from jaxcells.evaluation.metrics import classification_metrics
@@ -23,7 +23,7 @@ from jaxcells.models import create_model
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import Which, restore_variables
 from jaxcells.training.state import TrainState, inference_state
-from jaxcells.training.steps import make_predict_step
+from jaxcells.training.steps import PredictStep, make_predict_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,8 @@ class TrainedNetwork:
       class_names: the position is the label.
       step: the checkpoint's.
       meta: what else was stored with it.
+      predict_step: from state and batch to probabilities, jitted for the mesh.
+      devices: the mesh.
     """
 
     state: TrainState
@@ -43,6 +45,8 @@ class TrainedNetwork:
     class_names: tuple[str, ...]
     step: int
     meta: dict[str, Any]
+    predict_step: PredictStep
+    devices: jax.sharding.Mesh
 
 
 def load_network(workdir: Path, which: Which = "best") -> TrainedNetwork:
@@ -57,13 +61,16 @@ def load_network(workdir: Path, which: Which = "best") -> TrainedNetwork:
     """
     variables, meta = restore_variables(workdir / "checkpoints", which)
     model = create_model(**meta["model"])
-    state = mesh.replicate(inference_state(model, variables), mesh.make_mesh())
+    normalization = Normalization.from_dict(meta["normalization"])
+    devices = mesh.make_mesh()
     return TrainedNetwork(
-        state=state,
-        normalization=Normalization.from_dict(meta["normalization"]),
+        state=mesh.replicate(inference_state(model, variables), devices),
+        normalization=normalization,
         class_names=tuple(meta["class_names"]),
         step=meta["step"],
         meta=meta,
+        predict_step=mesh.jit_predict_step(make_predict_step(normalization), devices),
+        devices=devices,
     )
 
 
@@ -78,27 +85,24 @@ def predict_split(
       batch_size: B, over all devices.
 
     Returns:
-      Probabilities float32 [N, K] in the order of the split, and {"compile_s", "evaluate_s"}.
+      Probabilities float32 [N, K] in the order of the split; and seconds: "compile_s", of a first
+      batch that is thrown away, and "evaluate_s", of the whole split.
     """
-    devices = mesh.make_mesh()
-    rows = mesh.local_rows(batch_size, devices)
-    step: Any = mesh.jit_predict_step(make_predict_step(network.normalization), devices)
-    probabilities = []
+    rows = mesh.local_rows(batch_size, network.devices)
+
+    def predict(batch: Batch) -> np.ndarray:
+        images = mesh.shard_batch({"image": batch["image"]}, network.devices)
+        return jax.device_get(network.predict_step(network.state, images))
+
     start = time.monotonic()
-    compile_s = 0.0
+    predict(next(eval_batches(split.images, split.labels, batch_size, rows)))
+    compiled = time.monotonic()
     batches = eval_batches(split.images, split.labels, batch_size, rows)
-    total = -(-len(split.labels) // batch_size)
-    for number, batch in enumerate(tqdm(batches, total=total, unit="batch", disable=None)):
-        sharded = {"image": mesh.shard_batch(batch, devices)["image"]}
-        if number == 0:
-            step = step.lower(network.state, sharded).compile()
-            compile_s = time.monotonic() - start
-        probabilities.append(jax.device_get(step(network.state, sharded)))
-    seconds = time.monotonic() - start - compile_s
-    return np.concatenate(probabilities)[: len(split.labels)], {
-        "compile_s": compile_s,
-        "evaluate_s": seconds,
-    }
+    total = num_batches(len(split.labels), batch_size)
+    bar = tqdm(batches, total=total, unit="batch", disable=None, leave=False)
+    probabilities = np.concatenate([predict(batch) for batch in bar])[: len(split.labels)]
+    seconds = {"compile_s": compiled - start, "evaluate_s": time.monotonic() - compiled}
+    return probabilities, seconds
 
 
 def split_metrics(

@@ -66,12 +66,10 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     # A safetensors file may begin with the same bytes, its header's length; then comes the header.
     is_pickle = start.startswith(_PICKLE_STARTS) and start[8:] != b"{"
     if is_pickle or path.suffix.lower() in _PICKLE_SUFFIXES:
-        command = shlex.join(
-            ["python", "-c", _CONVERT, str(path), str(path.with_suffix(".safetensors"))]
-        )
+        files = shlex.join([str(path), str(path.with_suffix(".safetensors"))])
         raise Error(
             f"{path}: pickled weights are not read, since a pickle can run any code; "
-            f"convert the file where torch is installed: {command}"
+            f'convert the file where torch is installed: python -c "{_CONVERT}" {files}'
         )
     try:
         return load_file(path)

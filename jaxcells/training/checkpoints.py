@@ -105,6 +105,7 @@ def save(
             unfinished.rename(directory / str(step))
             _discard_old(directory)
     except (OSError, ValueError) as error:
+        # Most of it: Orbax may still be writing. The next save removes the rest.
         _remove_unfinished(directory)
         raise Error(
             f"cannot write checkpoint {directory / str(step)} ({_first_line(error)}): mend that "

@@ -122,7 +122,8 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """Puts a batch on the devices, cut along its first axis.
 
     Args:
-        batch: arrays whose rows are those that `local_rows` names, of this process only.
+        batch: arrays whose rows are those that `local_rows` names, of this process only. Not to be
+            changed afterwards: on the CPU the result may share their memory.
         mesh: from `make_mesh`.
 
     Returns:

@@ -234,17 +234,26 @@ def test_export_holds_out_validation_where_there_is_none(tmp_path, caplog):
     make_tfds(tmp_path, IMAGE_FEATURES, {"train": examples(20), "test": examples(3)})
     with caplog.at_level("WARNING", "jaxcells"):
         export_tfds("made", tmp_path / "out", data_dir=tmp_path)
-    assert "every 10th training example is held out" in caplog.text
-    by_side = {
-        side: {
-            path.rsplit("/")[-1][:6] for path in files(tmp_path / "out") if path.startswith(side)
-        }
-        for side in ("train", "val", "test")
-    }
-    assert by_side["val"] == {"000009", "000019"}
-    assert len(by_side["train"]) == 18
-    assert by_side["train"].isdisjoint(by_side["val"])
-    assert by_side["test"] == {"000000", "000001", "000002"}
+    assert "a tenth of train is held out" in caplog.text
+
+    def numbers(root, side):
+        return {int(path[-10:-4]) for path in files(root) if path.startswith(f"{side}/")}
+
+    train, val = numbers(tmp_path / "out", "train"), numbers(tmp_path / "out", "val")
+    assert len(val) == 2
+    assert train | val == set(range(20))
+    assert len(train) == 18
+    assert numbers(tmp_path / "out", "test") == {0, 1, 2}
+    export_tfds("made", tmp_path / "again", data_dir=tmp_path)
+    assert numbers(tmp_path / "again", "val") == val
+
+
+def test_held_out_examples_do_not_follow_the_order(tmp_path):
+    png = encoded(IMAGES[0])
+    in_turn = [{"image": io.BytesIO(png), "label": i % 10 % 3} for i in range(200)]
+    make_tfds(tmp_path, IMAGE_FEATURES, {"train": in_turn, "test": examples(1)})
+    export_tfds("made", tmp_path / "out", data_dir=tmp_path)
+    assert len(os.listdir(tmp_path / "out" / "val")) == 3
 
 
 def test_export_reads_every_stored_form(tmp_path):

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -135,15 +136,20 @@ def outcomes(tmp_path_factory):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code],
+            cwd=pathlib.Path(__file__).parents[2],
             env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
             stderr=subprocess.PIPE,
             text=True,
         )
         for environment in environments
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
     return {path.stem: list(np.load(path).values()) for path in folder.glob("*.npz")}
 
 

@@ -78,13 +78,17 @@ def assert_trees_equal(actual, expected):
         np.testing.assert_array_equal(a, e, err_msg=jax.tree_util.keystr(path))
 
 
+def assert_is_step_zero(step):
+    assert isinstance(step, jax.Array)
+    assert (step.dtype, step.weak_type, int(step)) == (jnp.int32, False, 0)
+
+
 # State
 
 
 def test_a_new_state_is_at_step_zero_with_an_array_for_a_step():
     state = tiny_state()
-    assert isinstance(state.step, jax.Array)
-    assert (state.step.dtype, int(state.step)) == (jnp.int32, 0)
+    assert_is_step_zero(state.step)
     assert jax.tree.map(jnp.shape, state.variables) == {
         "params": {
             "conv": {"kernel": (3, 3, 1, 4), "bias": (4,)},
@@ -95,6 +99,15 @@ def test_a_new_state_is_at_step_zero_with_an_array_for_a_step():
     }
 
 
+def test_shapes_are_had_without_making_a_state():
+    state = tiny_state()
+    create = functools.partial(create_train_state, Tiny(), state.tx, sample_shape=(1, 8, 8, 1))
+    shapes = jax.eval_shape(lambda key: create(key=key), jax.random.key(0))
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(state)
+    ]
+
+
 def test_other_variables_come_with_a_new_optimiser_state():
     state = tiny_state()
     state, _ = train_step(state, make_batch(), jax.random.key(0))
@@ -102,7 +115,7 @@ def test_other_variables_come_with_a_new_optimiser_state():
     fresh = with_variables(state, ported)
     assert_trees_equal(fresh.variables, ported)
     assert_trees_equal(fresh.opt_state, state.tx.init(ported["params"]))
-    assert int(fresh.step) == 0
+    assert_is_step_zero(fresh.step)
 
 
 # Objective
