@@ -4,11 +4,11 @@ r"""Images per second of our training and evaluation step beside torchvision's, 
     python -m benchmarks.throughput --model resnet34 --batch_size 32 --image_size 200
 
 The contestants are our steps, compiled as a run compiles them, and the same network of torchvision
-(channels_last), eager and with `torch.compile`. All get the same uint8 batch from the host's memory,
-normalise it on the device and compute at the same precision: float32 (TF32 on GPUs that have it,
-JAX's default, set for torch too) or bfloat16 with float32 parameters. They take turns, one round
-each, so that what else the machine does meets them all. The medians, and the medians of the ratios
-within a round, are appended to benchmarks/RESULTS.md. Without torch ours are measured alone.
+(channels_last), eager and with `torch.compile`. All get the same uint8 batch from the memory of the
+host, normalise it on the device and compute at the same precision: float32 (TF32 on GPUs that have
+it, JAX's default, set for torch too) or bfloat16 with float32 parameters. They take turns, so that
+what else the machine does meets them all. The medians, and the medians of the ratios within a
+round, are appended to benchmarks/RESULTS.md. Without torch ours are measured alone.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def contestants(args: argparse.Namespace, batch: dict[str, np.ndarray]) -> Itera
         except Exception as error:  # whatever torch or its compiler lacks here
             if name == "jaxcells":
                 raise
-            print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0]})")
+            reason = str(error).strip().partition("\n")[0]
+            print(f"{name}: left out ({type(error).__name__}: {reason})")
             continue
         print(f"{name}: ready after {time.perf_counter() - start:.0f} s")
         yield contestant

@@ -46,19 +46,21 @@ flags.DEFINE_string("split", "val", "For evaluate: train, val or test.")
 flags.DEFINE_string("checkpoint", "best", "For evaluate: best, latest or a step.")
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line and exits: 0 done, 2 an expected error, 128 + n stopped by signal n."""
-    sys.exit(main(sys.argv if argv is None else argv))
+def run() -> None:
+    """Runs the command line and exits: 0 done, 2 an expected error, 128 + n stopped by signal n.
+
+    Arguments are those of `sys.argv`, where the config library looks for them too.
+    """
+    sys.exit(_run())
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs a command line, program name first, and returns the exit code."""
+def _run() -> int:
     set_up_logging()
-    if len(argv) < 2 or {"-h", "--help", "-help", "help"} & set(argv[1:]):
+    if len(sys.argv) < 2 or {"-h", "--help", "-help", "help"} & set(sys.argv[1:]):
         print(_HELP, end="")
         return 0
     try:
-        _dispatch(argv)
+        _dispatch(sys.argv)
     except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -85,7 +85,7 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
 
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed!r} must be from 0 to {2**32 - 1}"
-    if config.init not in ("imagenet", "random") and not Path(config.init).exists():
+    if config.init not in ("imagenet", "random") and not Path(config.init).expanduser().exists():
         yield (
             f"init={config.init!r} is neither imagenet nor random, and there is no such file or "
             "workdir"

@@ -68,8 +68,8 @@ def save(
         directory: made when absent.
         state: local or replicated arrays.
         meta: everything else that resuming, evaluating and predicting need; JSON.
-        metrics: `{"accuracy", "loss", ...}` of the validation split at this step; None if it was
-            not validated, and then this checkpoint is never the best.
+        metrics: `{"balanced_accuracy", "loss", ...}` of the validation split at this step; None if
+            it was not validated, and then this checkpoint is never the best.
 
     Raises:
         Error: if a value is NaN or infinite, or the checkpoint could not be written. The
@@ -86,6 +86,7 @@ def save(
         if is_first_process:
             _remove_unfinished(directory)
             directory.mkdir(parents=True, exist_ok=True)
+            _check_space(directory, tree)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
                 unfinished,
@@ -131,7 +132,7 @@ def list_steps(directory: str | pathlib.Path) -> list[int]:
 
 
 def best_step(directory: str | pathlib.Path) -> int | None:
-    """Finds the best step by validation: highest accuracy, then lowest loss, then the later.
+    """Finds the best step by validation: balanced accuracy, then lower loss, then the later.
 
     Returns:
         The step, or None if no checkpoint was validated.
@@ -143,7 +144,7 @@ def best_step(directory: str | pathlib.Path) -> int | None:
     for step in list_steps(directory):
         metrics = _read_record(pathlib.Path(directory) / str(step))["metrics"]
         if metrics is not None:
-            ranks.append((metrics["accuracy"], -metrics["loss"], step))
+            ranks.append((metrics["balanced_accuracy"], -metrics["loss"], step))
     return max(ranks)[-1] if ranks else None
 
 
@@ -306,6 +307,14 @@ def _check_finite(step: int, tree: dict[str, Any], metrics: Mapping[str, float])
             f"training diverged: {name} is not finite at step {step}; "
             "try a lower --config.optim.learning_rate"
         )
+
+
+def _check_space(directory: pathlib.Path, tree: dict[str, Any]) -> None:
+    # A write that fails half way, Orbax reports with a screen of tracebacks.
+    needed = sum(array.nbytes for array in _flatten(tree).values())
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
 
 
 def _check_same_arrays(

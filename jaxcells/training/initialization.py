@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxcells.errors import Error
 from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet, file_sha256
-from jaxcells.models.weights import load_pretrained, transfer
+from jaxcells.models.weights import load_pretrained, load_safetensors, transfer
 from jaxcells.training.checkpoints import best_step, restore_variables
 from jaxcells.training.state import TrainState, with_variables
 
@@ -52,8 +52,9 @@ def find_initialization(init: str, model_name: str, *, random_if_missing: bool) 
             warning = f"starting from RANDOM parameters instead of ImageNet's: {error}"
             logger.warning("%s", warning)
             return Initialization("random", warning=warning)
-    path = Path(init)
+    path = Path(init).expanduser()
     if not path.is_dir():
+        load_safetensors(path)  # a wrong file shows here, before crops are drawn
         return Initialization("file", path)
     if best_step(path / "checkpoints") is None:
         raise Error(f"{path}: no validated checkpoint to start from; give the workdir of a run")

@@ -34,7 +34,7 @@ def test_convolution_is_the_definition_with_torch_padding(shape, size, stride):
 
 
 def test_convolution_starts_with_the_variance_of_torch():
-    kernel = Conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))["params"]["kernel"]
+    kernel = Conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))["params"]["kernel"]
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (3 * 3 * 64)), rtol=0.02)
     np.testing.assert_allclose(kernel.mean(), 0, atol=1e-3)
 

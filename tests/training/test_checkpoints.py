@@ -20,7 +20,7 @@ def at_step(step, state=None):
 
 
 def save(directory, step, accuracy=None, loss=1.0):
-    metrics = None if accuracy is None else {"accuracy": accuracy, "loss": loss}
+    metrics = None if accuracy is None else {"balanced_accuracy": accuracy, "loss": loss}
     checkpoints.save(directory, at_step(step), meta={"step": step}, metrics=metrics)
 
 
@@ -111,7 +111,10 @@ def test_without_any_validation_none_is_best(tmp_path):
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 3)
     checkpoints.save(
-        tmp_path, at_step(3), meta={"n": 2}, metrics={"accuracy": np.float32(0.5), "loss": 1}
+        tmp_path,
+        at_step(3),
+        meta={"n": 2},
+        metrics={"balanced_accuracy": np.float32(0.5), "loss": 1},
     )
     assert checkpoints.best_step(tmp_path) == 3
     assert checkpoints.restore(tmp_path, tiny_state())[1] == {"n": 2}
@@ -179,9 +182,19 @@ def test_an_interrupted_save_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(8, 8, 100))
+    with pytest.raises(
+        Error, match=rf"write checkpoint {tmp_path}/2 \(it takes 0 MB, and 0 MB are free\): mend"
+    ):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 # Orbax gives up at the first failure; writes still under way complain that its loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_is_reported_at_once_and_harms_nothing(tmp_path):
+def test_a_failed_write_is_reported_at_once_and_harms_nothing(tmp_path):
     resource = pytest.importorskip("resource")
     save(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
