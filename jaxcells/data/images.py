@@ -65,11 +65,11 @@ class ImageInfo:
     """What `read_image` will return for a file.
 
     Attributes:
-        height: rows, after orientation.
-        width: columns, after orientation.
-        channels: channels, without alpha.
-        dtype: "uint8", "uint16" or "float32".
-        notes: what is left out, or read in a sense that another program might not share.
+      height: rows, after orientation.
+      width: columns, after orientation.
+      channels: channels, without alpha.
+      dtype: "uint8", "uint16" or "float32".
+      notes: what is left out, or read in a sense that another program might not share.
     """
 
     height: int
@@ -83,15 +83,15 @@ def inspect_image(path: str | os.PathLike[str], *, plane: str = "") -> ImageInfo
     """Read the header of an image, not its pixels.
 
     Args:
-        path: image file.
-        plane: as for `read_image`.
+      path: image file.
+      plane: as for `read_image`.
 
     Returns:
-        Exactly the shape and dtype that `read_image` returns.
+      Exactly the shape and dtype that `read_image` returns.
 
     Raises:
-        ImageError: the header shows that the image cannot be read.
-        Error: `plane` cannot be parsed.
+      ImageError: the header shows that the image cannot be read.
+      Error: `plane` cannot be parsed.
     """
     with _opened(path, plane) as picture:
         height, width = picture.height, picture.width
@@ -107,15 +107,15 @@ def read_image(path: str | os.PathLike[str], *, plane: str = "") -> np.ndarray:
     is dropped; `inspect_image` notes what happened. May be called from many threads.
 
     Args:
-        path: PNG, JPEG, BMP, TIFF, BigTIFF, OME-TIFF, ImageJ TIFF or MetaMorph STK.
-        plane: which plane of files with several, for example "T=0"; see `planes.parse_plane`.
+      path: PNG, JPEG, BMP, TIFF, BigTIFF, OME-TIFF, ImageJ TIFF or MetaMorph STK.
+      plane: which plane of files with several, for example "T=0"; see `planes.parse_plane`.
 
     Returns:
-        Pixels [H, W, C], uint8, uint16 or float32, native byte order, C-contiguous, writable.
+      Pixels [H, W, C], uint8, uint16 or float32, native byte order, C-contiguous, writable.
 
     Raises:
-        ImageError: no image, damaged, too large, more planes than one, labels, NaN and so on.
-        Error: `plane` cannot be parsed.
+      ImageError: no image, damaged, too large, more planes than one, labels, NaN and so on.
+      Error: `plane` cannot be parsed.
     """
     with _opened(path, plane) as picture:
         pixels = picture.decode()
@@ -134,14 +134,14 @@ def write_crop(path: str | os.PathLike[str], pixels: np.ndarray) -> Path:
     """Write a crop so that `read_image` returns it unchanged.
 
     Args:
-        path: file to write, without suffix.
-        pixels: [H, W, C], uint8, uint16 or float32.
+      path: file to write, without suffix.
+      pixels: [H, W, C], uint8, uint16 or float32.
 
     Returns:
-        The path with its suffix: `.png` for 8-bit grey and RGB and 16-bit grey, else `.tif`.
+      The path with its suffix: `.png` for 8-bit grey and RGB and 16-bit grey, else `.tif`.
 
     Raises:
-        ValueError: `pixels` is not such an array.
+      ValueError: `pixels` is not such an array.
     """
     if pixels.ndim != 3 or pixels.dtype.name not in ("uint8", "uint16", "float32"):
         raise ValueError(f"cannot write {pixels.dtype} {pixels.shape} as an image")

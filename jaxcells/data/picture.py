@@ -38,14 +38,14 @@ class Picture:
     """An open image: its header, checked, and a function that decodes its pixels.
 
     Attributes:
-        height: rows as stored, before `orientation`.
-        width: columns as stored, before `orientation`.
-        channels: samples of each pixel that `decode` returns.
-        dtype: uint8, uint16 or float32, native byte order.
-        decode: returns the pixels [height, width, channels] as stored; valid while the file is
-            open.
-        orientation: 1 to 8, what TIFF tag 274 and EXIF say.
-        notes: what was left out or taken in a sense that another reader might not.
+      height: rows as stored, before `orientation`.
+      width: columns as stored, before `orientation`.
+      channels: samples of each pixel that `decode` returns.
+      dtype: uint8, uint16 or float32, native byte order.
+      decode: returns the pixels [height, width, channels] as stored; valid while the file is
+        open.
+      orientation: 1 to 8, what TIFF tag 274 and EXIF say.
+      notes: what was left out or taken in a sense that another reader might not.
     """
 
     height: int
@@ -66,7 +66,7 @@ def check_dtype(dtype: np.dtype) -> None:
     """Refuse pixels that are not uint8, uint16 or float32: converting is the owner's decision.
 
     Raises:
-        Refused: it says what to convert to.
+      Refused: it says what to convert to.
     """
     if dtype.name in _PIXEL_TYPES:
         return
@@ -83,7 +83,7 @@ def check_size(height: int, width: int, channels: int, dtype: np.dtype, stored: 
     """Refuse, before anything is allocated, an image too large or larger than its file can hold.
 
     Raises:
-        Refused: it names the declared size.
+      Refused: it names the declared size.
     """
     nbytes = height * width * channels * dtype.itemsize
     declared = (
@@ -103,12 +103,12 @@ def is_lookup_ramp(palette: np.ndarray) -> bool:
     """Tell a palette that only colours intensities from one that names labels or colours.
 
     Args:
-        palette: [N, 3], red, green and blue of each index.
+      palette: [N, 3], red, green and blue of each index.
 
     Returns:
-        Whether luminance (ITU-R BT.601) never falls, or never rises, over the indices and takes
-        at least 16 values: the lookup tables of ImageJ (grays, green, magenta, a stretched
-        display range), but not label colours.
+      Whether luminance (ITU-R BT.601) never falls, or never rises, over the indices and takes
+      at least 16 values: the lookup tables of ImageJ (grays, green, magenta, a stretched
+      display range), but not label colours.
     """
     luminance = palette.astype(np.int64) @ np.array([299, 587, 114])
     steps = np.diff(luminance)

@@ -36,15 +36,15 @@ def parse_plane(text: str) -> dict[str, int | str]:
     """Parse `config.data.plane`, which says what to take of files with more than one plane.
 
     Args:
-        text: comma-separated AXIS=INDEX, indices from 0, for example "T=0" or "Z=3,T=0". AXIS is
-            a letter of `AXES`, or "series" for files that hold several separate images. "I=C"
-            reads pages that do not say what they are as channels. Empty: nothing is chosen.
+      text: comma-separated AXIS=INDEX, indices from 0, for example "T=0" or "Z=3,T=0". AXIS is
+        a letter of `AXES`, or "series" for files that hold several separate images. "I=C"
+        reads pages that do not say what they are as channels. Empty: nothing is chosen.
 
     Returns:
-        Index by axis; "C" under "I" for "I=C".
+      Index by axis; "C" under "I" for "I=C".
 
     Raises:
-        Error: the text is not of this form.
+      Error: the text is not of this form.
     """
     plane: dict[str, int | str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -67,10 +67,10 @@ class Selection:
     """Which parts of a series of pages make up the picture.
 
     Attributes:
-        pages: indices of the pages to read, in the order of the channels.
-        index: what to take of each axis of a page: one index, or all.
-        order: the axes that then remain: rows, columns and, where there are any, samples.
-        channels: of the whole picture.
+      pages: indices of the pages to read, in the order of the channels.
+      index: what to take of each axis of a page: one index, or all.
+      order: the axes that then remain: rows, columns and, where there are any, samples.
+      channels: of the whole picture.
     """
 
     pages: tuple[int, ...]
@@ -91,14 +91,14 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     "I=C", the pages.
 
     Args:
-        axes: one letter for each entry of `shape`, the last `page_ndim` within a page.
-        shape: sizes; none is 1 but those of Y and X.
-        page_ndim: number of axes of one page.
-        plane: what `parse_plane` returned; axes that the image has not are passed over, so that
-            one choice serves a folder in which some images have a single plane.
+      axes: one letter for each entry of `shape`, the last `page_ndim` within a page.
+      shape: sizes; none is 1 but those of Y and X.
+      page_ndim: number of axes of one page.
+      plane: what `parse_plane` returned; axes that the image has not are passed over, so that
+        one choice serves a folder in which some images have a single plane.
 
     Raises:
-        Refused: an axis besides rows, columns and channels is left, or an index is too large.
+      Refused: an axis besides rows, columns and channels is left, or an index is too large.
     """
     named = {letter: [k for k, axis in enumerate(axes) if axis == letter] for letter in AXES}
     samples = [k for k, axis in enumerate(axes) if axis == "S"]

@@ -36,10 +36,10 @@ def _palette_note(palette: np.ndarray) -> str:
     """Say how an indexed image is read.
 
     Args:
-        palette: [N, 3] uint8.
+      palette: [N, 3] uint8.
 
     Raises:
-        Refused: its colours are more than a lookup table.
+      Refused: its colours are more than a lookup table.
     """
     if len(palette) == 256 and is_lookup_ramp(palette):
         return "palette is a lookup table; its indices are read as intensities"
@@ -72,7 +72,7 @@ def open_png(file: BinaryIO) -> Picture:
     libpng decodes it, for Pillow cuts 16-bit colours to 8 bits.
 
     Raises:
-        Refused: it is a mask, indexed colours, an animation, too large or truncated.
+      Refused: it is a mask, indexed colours, an animation, too large or truncated.
     """
 
     def read(offset: int, length: int) -> bytes:
@@ -135,7 +135,7 @@ def open_jpeg(file: BinaryIO) -> Picture:
     that would stop a 20000x20000 field; `check_size` stands in its place.
 
     Raises:
-        Refused: it is CMYK or too large.
+      Refused: it is CMYK or too large.
     """
     image = _JpegImageFile(file)
     if image.mode not in ("L", "RGB"):
@@ -162,7 +162,7 @@ def open_bmp(file: BinaryIO) -> Picture:
     """Open a BMP file.
 
     Raises:
-        Refused: it is a mask, indexed colours or too large.
+      Refused: it is a mask, indexed colours or too large.
     """
     head = file.read(30)
     (header_size,) = struct.unpack_from("<I", head, 14)

@@ -148,29 +148,32 @@ def _cut(
 ) -> dict[str, str]:
     """Shuffles groups and cuts them into sides in the ratio of the counts."""
     order = rng.permutation(sorted(groups)).tolist()
-    numbers = apportion(len(order), list(counts.values()), minimum)
-    sides = np.repeat(list(counts), numbers).tolist()
+    numbers = apportion(len(order), counts, minimum)
+    sides = np.repeat(list(numbers), list(numbers.values())).tolist()
     return dict(zip(order, sides, strict=True))
 
 
-def apportion(total: int, weights: Sequence[float], minimum: int = 0) -> list[int]:
-    """Divides `total` into whole numbers in the ratio of `weights` by largest remainder.
+def apportion(total: int, counts: Mapping[str, int], minimum: int = 0) -> dict[str, int]:
+    """Divides `total` groups over the sides in the ratio of the counts.
+
+    What whole numbers leave over goes to val and test before train: intervals are only as narrow
+    as their independent groups allow.
 
     Args:
-      total: what to divide.
-      weights: the ratio; a weight of 0 gets 0.
-      minimum: the least that every positive weight gets, if `total` allows it for all.
+      total: number of groups.
+      counts: the ratio; a side with 0 gets 0.
+      minimum: the least that every other side gets, if `total` allows it for all.
     """
-    weight = np.asarray(weights, float)
-    quota = weight / weight.sum() * total
-    share = np.floor(quota).astype(int)
-    positive = weight > 0
-    share[positive] = np.maximum(share[positive], minimum)
-    while share.sum() < total:
-        share[np.argmax(np.where(positive, quota - share, -np.inf))] += 1
-    while share.sum() > total:
-        share[np.argmax(np.where(share > minimum, share - quota, -np.inf))] -= 1
-    return [int(n) for n in share]
+    quota = {side: count / sum(counts.values()) * total for side, count in counts.items()}
+    share = {side: max(int(quota[side]), minimum if counts[side] else 0) for side in counts}
+    while sum(share.values()) < total:
+        rest = {side: quota[side] - share[side] for side in counts}
+        held_out = [side for side in ("test", "val") if rest.get(side, 0) > 1e-9]
+        share[max(held_out or rest, key=rest.__getitem__)] += 1
+    while sum(share.values()) > total:
+        excess = {side: share[side] - quota[side] for side in counts if share[side] > minimum}
+        share[max(excess, key=excess.__getitem__)] -= 1
+    return share
 
 
 def _connected_groups(fields: Sequence[Field]) -> list[list[Field]]:

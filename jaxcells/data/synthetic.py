@@ -153,7 +153,7 @@ def write_sample(
     *,
     seed: int = 0,
     channels_per_class: int = 4,
-    fields_per_channel: int = 6,
+    fields_per_channel: int = 8,
     height: int = 480,
     width: int = 640,
 ) -> None:
@@ -285,7 +285,7 @@ def simulate_field(
     planes = np.zeros((3, y.size, x.size), np.float32)
     planes[1] = _wall_phase(channel, into_wall)
     for row, column, radius in _place_cells(rng, line, acquisition.crowding, into_wall):
-        reach = math.ceil(1.4 * radius) + 4
+        reach = math.ceil(1.3 * radius) + 4
         rows = slice(max(row - reach, 0), row + reach)
         columns = slice(max(column - reach, 0), column + reach)
         planes[rng.integers(3), rows, columns] += _cell_phase(
@@ -381,13 +381,14 @@ def _cell_phase(
     )
     mean = line.granules * (2 * radius / line.diameter) ** 2
     count = int(rng.poisson(mean * rng.gamma(12, 1 / 12)))
-    sign = np.where(rng.random(count) < line.vacuoles, -1, 1)
     granules = _spots(
         y,
         x,
         _scatter(rng, count, 0.25 * radius, 0.88 * radius),
         line.granule_size * rng.uniform(0.8, 1.25, count),
-        line.granule_phase * rng.uniform(0.5, 1.3, count) * sign,
+        line.granule_phase
+        * rng.uniform(0.5, 1.3, count)
+        * np.where(rng.random(count) < line.vacuoles, -1, 1),
     )
     return body + membrane + nucleus + envelope + nucleoli + granules
 

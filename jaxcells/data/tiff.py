@@ -55,7 +55,7 @@ def _check_page_list(file: BinaryIO) -> None:
     for a single plane, and a list that loops can keep it busy for ever.
 
     Raises:
-        Refused: the list leaves the file or loops.
+      Refused: the list leaves the file or loops.
     """
     size = file_size(file)
     file.seek(0)
@@ -87,7 +87,7 @@ def _choose_series(tif: tifffile.TiffFile, plane: Plane) -> tifffile.TiffPageSer
     """Return the one full-resolution image of a file, or the one that `plane` names.
 
     Raises:
-        Refused: there are several and none is chosen, or none that can be trusted.
+      Refused: there are several and none is chosen, or none that can be trusted.
     """
     if tif.is_lsm:
         raise Refused("is a Zeiss LSM file: export it as OME-TIFF (Fiji does)")
@@ -122,7 +122,7 @@ def _check_page(page: tifffile.TiffPage) -> list[str]:
     """Return notes on what the samples of a page mean.
 
     Raises:
-        Refused: they are not intensities, or not of a type that is kept.
+      Refused: they are not intensities, or not of a type that is kept.
     """
     notes = []
     if page.compression == _OLD_JPEG:
@@ -201,10 +201,10 @@ def _page_readers(
     """Return, for each page asked for, a function that decodes it; all checks come before.
 
     Args:
-        series: to read from.
-        file: the open file.
-        indices: of pages in `series`.
-        page_count: how many pages the axes of `series` amount to.
+      series: to read from.
+      file: the open file.
+      indices: of pages in `series`.
+      page_count: how many pages the axes of `series` amount to.
     """
     keyframe, tif = series.keyframe, series.parent
     size = file_size(file)
@@ -252,11 +252,11 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     """Open a TIFF file and find the one picture in it; other files of its set are not touched.
 
     Args:
-        file: open for reading, until the picture has been decoded.
-        plane: what `planes.parse_plane` returned.
+      file: open for reading, until the picture has been decoded.
+      plane: what `planes.parse_plane` returned.
 
     Raises:
-        Refused: the axes leave a choice, the pixels are no intensities, or the file is damaged.
+      Refused: the axes leave a choice, the pixels are no intensities, or the file is damaged.
     """
     size = file_size(file)
     _check_page_list(file)

@@ -61,8 +61,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     The maximum of three shifted slices along each axis in turn: equal to `nn.max_pool`, and its
     gradient is elementwise, where that of a window reduction is XLA's `select_and_scatter`, which
-    takes five times as long on a CPU. The gradient differs only where several positions tie for the
-    maximum: they share it, where torch gives it to the first. NaN propagates.
+    takes three to five times as long on a CPU. Positions that tie for the maximum share the
+    gradient; torch gives it to the first. NaN propagates.
 
     Args:
         x: `[B, H, W, C]`, floating point.

@@ -15,16 +15,16 @@ def augment(
     the two changes that keep the class of a microscope image for certain. Neither interpolates.
 
     Args:
-        images: `[B, H, W, C]` float32, normalised (mean near 0, deviation near 1).
-        key: random key of this batch.
-        dihedral: whether to draw one of the 8 symmetries of the square, all equally likely; for
-            images that are not square one of the 4 that keep the shape. Pixels are moved, their
-            values stay.
-        intensity: half-width `s` of a gain in `[1 - s, 1 + s]` and of an offset in `[-s, s]`
-            deviations, drawn uniformly for each image and shared by its channels; 0 for none.
+      images: `[B, H, W, C]` float32, normalised (mean near 0, deviation near 1).
+      key: random key of this batch.
+      dihedral: whether to draw one of the 8 symmetries of the square, all equally likely; for
+        images that are not square one of the 4 that keep the shape. Pixels are moved, their
+        values stay.
+      intensity: half-width `s` of a gain in `[1 - s, 1 + s]` and of an offset in `[-s, s]`
+        deviations, drawn uniformly for each image and shared by its channels; 0 for none.
 
     Returns:
-        `[B, H, W, C]` float32.
+      `[B, H, W, C]` float32.
     """
     dihedral_key, intensity_key = jax.random.split(key)
     if dihedral:

@@ -65,15 +65,15 @@ def save(
     process or job at a time may save to a folder; in several processes of one job, all call this.
 
     Args:
-        directory: made when absent.
-        state: local or replicated arrays.
-        meta: everything else that resuming, evaluating and predicting need; JSON.
-        metrics: `{"balanced_accuracy", "loss", ...}` of the validation split at this step; None if
-            it was not validated, and then this checkpoint is never the best.
+      directory: made when absent.
+      state: local or replicated arrays.
+      meta: everything else that resuming, evaluating and predicting need; JSON.
+      metrics: `{"balanced_accuracy", "loss", ...}` of the validation split at this step; None if
+        it was not validated, and then this checkpoint is never the best.
 
     Raises:
-        Error: if a value is NaN or infinite, or the checkpoint could not be written. The
-            checkpoints before it are untouched then.
+      Error: if a value is NaN or infinite, or the checkpoint could not be written. The
+        checkpoints before it are untouched then.
     """
     directory = pathlib.Path(directory).absolute()
     step = int(state.step)
@@ -135,10 +135,10 @@ def best_step(directory: str | pathlib.Path) -> int | None:
     """Finds the best step by validation: balanced accuracy, then lower loss, then the later.
 
     Returns:
-        The step, or None if no checkpoint was validated.
+      The step, or None if no checkpoint was validated.
 
     Raises:
-        Error: if the record of a checkpoint is damaged.
+      Error: if the record of a checkpoint is damaged.
     """
     ranks = []
     for step in list_steps(directory):
@@ -152,7 +152,7 @@ def resolve_step(directory: str | pathlib.Path, which: Which) -> int:
     """Turns `"latest"`, `"best"` or a number into the step of a checkpoint that is there.
 
     Raises:
-        Error: if there is none.
+      Error: if there is none.
     """
     steps = list_steps(directory)
     if not steps:
@@ -179,17 +179,17 @@ def restore(
     """Reads a whole state, bit for bit as it was saved.
 
     Args:
-        directory: folder of checkpoints.
-        target: a state of the same network and optimiser, for its structure, shapes and dtypes;
-            `jax.eval_shape` of one will do.
-        which: a step, `"latest"` or `"best"`.
+      directory: folder of checkpoints.
+      target: a state of the same network and optimiser, for its structure, shapes and dtypes;
+        `jax.eval_shape` of one will do.
+      which: a step, `"latest"` or `"best"`.
 
     Returns:
-        The state, with NumPy arrays: pass it through `mesh.replicate`. And the meta saved with it.
+      The state, with NumPy arrays: pass it through `mesh.replicate`. And the meta saved with it.
 
     Raises:
-        Error: if there is no such checkpoint, if it is damaged, or if it is of another network or
-            optimiser.
+      Error: if there is no such checkpoint, if it is damaged, or if it is of another network or
+        optimiser.
     """
     folder = pathlib.Path(directory) / str(resolve_step(directory, which))
     found = {**_read_arrays(folder, "variables"), **_read_arrays(folder, "optimizer")}
@@ -203,14 +203,14 @@ def restore_variables(
     """Reads what evaluating and predicting need, and leaves the optimiser's state on disk.
 
     Args:
-        directory: folder of checkpoints.
-        which: a step, `"latest"` or `"best"`.
+      directory: folder of checkpoints.
+      which: a step, `"latest"` or `"best"`.
 
     Returns:
-        `{"params", "batch_stats"}` with NumPy arrays, and the meta saved with them.
+      `{"params", "batch_stats"}` with NumPy arrays, and the meta saved with them.
 
     Raises:
-        Error: if there is no such checkpoint, or it is damaged.
+      Error: if there is no such checkpoint, or it is damaged.
     """
     folder = pathlib.Path(directory) / str(resolve_step(directory, which))
     return _read_arrays(folder, "variables"), _read_record(folder)["meta"]

@@ -39,7 +39,7 @@ def initialize_distributed() -> None:
     `mpirun` started more than one. Otherwise nothing happens.
 
     Raises:
-        Error: if only some of the three variables are set, or a number is not one.
+      Error: if only some of the three variables are set, or a number is not one.
     """
     given = {name: os.environ[name] for name in _DISTRIBUTED_VARIABLES if os.environ.get(name)}
     if given:
@@ -88,8 +88,8 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     copies. In several processes each must pass the same values.
 
     Args:
-        tree: pytree of NumPy or JAX arrays.
-        mesh: from `make_mesh`.
+      tree: pytree of NumPy or JAX arrays.
+      mesh: from `make_mesh`.
     """
     # device_put may share memory, on several devices even with may_alias=False, and donating its
     # result then deletes the originals.
@@ -100,11 +100,11 @@ def local_rows(batch_size: int, mesh: Mesh) -> slice:
     """Says which rows of a global batch this process loads.
 
     Args:
-        batch_size: rows of a batch over all processes.
-        mesh: from `make_mesh`, over all devices.
+      batch_size: rows of a batch over all processes.
+      mesh: from `make_mesh`, over all devices.
 
     Raises:
-        Error: if the rows cannot be dealt equally to the devices.
+      Error: if the rows cannot be dealt equally to the devices.
     """
     if batch_size % mesh.size:
         smaller = batch_size // mesh.size * mesh.size
@@ -122,12 +122,12 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """Puts a batch on the devices, cut along its first axis.
 
     Args:
-        batch: arrays whose rows are those that `local_rows` names, of this process only. Not to be
-            changed afterwards: on the CPU the result may share their memory.
-        mesh: from `make_mesh`.
+      batch: arrays whose rows are those that `local_rows` names, of this process only. Not to be
+        changed afterwards: on the CPU the result may share their memory.
+      mesh: from `make_mesh`.
 
     Returns:
-        Arrays with the rows of all processes.
+      Arrays with the rows of all processes.
     """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return {

@@ -15,13 +15,13 @@ def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.S
     """Makes the learning rate as a function of the step.
 
     Args:
-        name: `"constant"`, or `"cosine"`: half a cosine from `learning_rate` at step 0 down to zero
-            at `num_steps` (Loshchilov and Hutter 2017, SGDR, eq. 5, without restarts).
-        learning_rate: the first learning rate.
-        num_steps: number of updates in the whole run.
+      name: `"constant"`, or `"cosine"`: half a cosine from `learning_rate` at step 0 down to zero
+        at `num_steps` (Loshchilov and Hutter 2017, SGDR, eq. 5, without restarts).
+      learning_rate: the first learning rate.
+      num_steps: number of updates in the whole run.
 
     Raises:
-        Error: if the name is neither.
+      Error: if the name is neither.
     """
     if name == "constant":
         return optax.constant_schedule(learning_rate)
@@ -49,9 +49,9 @@ def make_optimizer(
     a resumed run follows the schedule that it is given.
 
     Args:
-        schedule: learning rate by step.
-        momentum: share of the velocity kept at each step.
-        weight_decay: L2 penalty on kernels, 0 for none.
+      schedule: learning rate by step.
+      momentum: share of the velocity kept at each step.
+      weight_decay: L2 penalty on kernels, 0 for none.
     """
     decay = optax.add_decayed_weights(weight_decay, mask=_kernels)
     return optax.chain(

@@ -16,13 +16,13 @@ class TrainState(flax.struct.PyTreeNode):
     """Parameters, running statistics, optimiser state and step count of one run.
 
     Attributes:
-        step: int32 scalar array, the number of updates made. An array from the start, so that the
-            compiled step is not compiled again and a checkpoint restores the type that it saved.
-        params: float32 parameters.
-        batch_stats: float32 running statistics of the norms; `{}` for a network without norms.
-        opt_state: state of `tx`.
-        apply_fn: `Module.apply` of the network (static).
-        tx: the optimiser (static).
+      step: int32 scalar array, the number of updates made. An array from the start, so that the
+        compiled step is not compiled again and a checkpoint restores the type that it saved.
+      params: float32 parameters.
+      batch_stats: float32 running statistics of the norms; `{}` for a network without norms.
+      opt_state: state of `tx`.
+      apply_fn: `Module.apply` of the network (static).
+      tx: the optimiser (static).
     """
 
     step: jax.Array
@@ -48,15 +48,15 @@ def create_train_state(
     """Initialises a network and its optimiser at step 0.
 
     Args:
-        model: network with `__call__(x, *, train)`.
-        tx: optimiser.
-        sample_shape: shape of one input, `[B, H, W, C]`. Only its rank and `C` matter to the
-            parameters; `B` may be 1.
-        key: random key of the initialisation.
+      model: network with `__call__(x, *, train)`.
+      tx: optimiser.
+      sample_shape: shape of one input, `[B, H, W, C]`. Only its rank and `C` matter to the
+        parameters; `B` may be 1.
+      key: random key of the initialisation.
 
     Returns:
-        The state on the default device, ready for `mesh.replicate`. Under `jax.eval_shape` over
-        the key, its shapes and dtypes, which is all that `checkpoints.restore` needs.
+      The state on the default device, ready for `mesh.replicate`. Under `jax.eval_shape` over
+      the key, its shapes and dtypes, which is all that `checkpoints.restore` needs.
     """
 
     def init(key: jax.Array) -> TrainState:
@@ -74,11 +74,11 @@ def with_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainStat
     """Puts other parameters and statistics, e.g. pre-trained ones, into a fresh state.
 
     Args:
-        state: state whose network and optimiser are kept.
-        variables: `{"params", "batch_stats"}` of that network.
+      state: state whose network and optimiser are kept.
+      variables: `{"params", "batch_stats"}` of that network.
 
     Returns:
-        A state at step 0 with an optimiser state made anew for these parameters.
+      A state at step 0 with an optimiser state made anew for these parameters.
     """
     return _from_variables(state.apply_fn, state.tx, variables)
 
@@ -87,8 +87,8 @@ def inference_state(model: nn.Module, variables: Mapping[str, Any]) -> TrainStat
     """Makes a state that `eval_step` and `predict_step` take, with no optimiser in it.
 
     Args:
-        model: network.
-        variables: `{"params", "batch_stats"}`, e.g. from `checkpoints.restore_variables`.
+      model: network.
+      variables: `{"params", "batch_stats"}`, e.g. from `checkpoints.restore_variables`.
     """
     return _from_variables(model.apply, optax.identity(), variables)
 

@@ -44,14 +44,14 @@ def cross_entropy(
     taken with weights `w_(y_n)`.
 
     Args:
-        logits: `[B, K]`.
-        labels: int32 `[B]`.
-        mask: float32 `[B]`; at least one row must count.
-        label_smoothing: share of the target that is spread over all classes.
-        class_weights: `[K]`; None for all equal.
+      logits: `[B, K]`.
+      labels: int32 `[B]`.
+      mask: float32 `[B]`; at least one row must count.
+      label_smoothing: share of the target that is spread over all classes.
+      class_weights: `[K]`; None for all equal.
 
     Returns:
-        float32 scalar.
+      float32 scalar.
     """
     num_classes = logits.shape[-1]
     weights = jnp.ones(num_classes) if class_weights is None else jnp.asarray(class_weights)
@@ -80,11 +80,11 @@ def make_train_step(
     statistics over all rows: fill up a training batch with images of the training split.
 
     Args:
-        normalize: raw images to float32 images.
-        label_smoothing: see `cross_entropy`.
-        class_weights: see `cross_entropy`.
-        dihedral: see `augment`.
-        intensity: see `augment`.
+      normalize: raw images to float32 images.
+      label_smoothing: see `cross_entropy`.
+      class_weights: see `cross_entropy`.
+      dihedral: see `augment`.
+      intensity: see `augment`.
     """
 
     def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, Sums]:
@@ -135,7 +135,7 @@ def make_eval_step(normalize: Normalize) -> EvalStep:
     Only the parameters and statistics of the state are used.
 
     Args:
-        normalize: raw images to float32 images.
+      normalize: raw images to float32 images.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> Sums:
@@ -155,7 +155,7 @@ def make_predict_step(normalize: Normalize) -> PredictStep:
     Every row is predicted, those with mask 0 too; `label` and `mask` may be left out of the batch.
 
     Args:
-        normalize: raw images to float32 images.
+      normalize: raw images to float32 images.
     """
 
     def predict_step(state: TrainState, batch: Batch) -> jax.Array:

@@ -112,11 +112,11 @@ def test_whole_images_are_split_in_the_ratio_of_the_counts():
     counts = collections.Counter((c.field.label, c.split) for c in crops)
     assert counts == {
         ("A", "train"): 79,
-        ("A", "val"): 11,
-        ("A", "test"): 10,
-        ("B", "train"): 24,
+        ("A", "val"): 10,
+        ("A", "test"): 11,
+        ("B", "train"): 23,
         ("B", "val"): 3,
-        ("B", "test"): 3,
+        ("B", "test"): 4,
     }
     assert {(c.y, c.x) for c in crops} == {(0, 0)}
 

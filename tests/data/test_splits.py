@@ -33,20 +33,35 @@ def sides_per_class(fields, allotted):
 @pytest.mark.parametrize(
     ("total", "minimum", "expected"),
     [
-        (954, 0, [754, 100, 100]),
-        (16, 1, [12, 2, 2]),
-        (3, 1, [1, 1, 1]),
-        (5, 1, [3, 1, 1]),
-        (2, 0, [2, 0, 0]),
-        (0, 0, [0, 0, 0]),
+        (954, 0, (754, 100, 100)),
+        (16, 1, (12, 2, 2)),
+        (3, 1, (1, 1, 1)),
+        (4, 1, (2, 1, 1)),
+        (5, 1, (3, 1, 1)),
+        (2, 0, (1, 0, 1)),
+        (0, 0, (0, 0, 0)),
     ],
 )
 def test_apportion(total, minimum, expected):
-    assert apportion(total, list(COUNTS.values()), minimum) == expected
+    assert tuple(apportion(total, COUNTS, minimum).values()) == expected
 
 
-def test_apportion_gives_nothing_to_a_weight_of_zero():
-    assert apportion(10, [3, 0, 2], 1) == [6, 0, 4]
+def test_apportion_rounds_in_favour_of_the_sides_held_out():
+    # Shares of 12.8, 1.6 and 1.6.
+    assert apportion(16, {"train": 96, "val": 12, "test": 12}) == {
+        "train": 12,
+        "val": 2,
+        "test": 2,
+    }
+    assert apportion(4, {"train": 1, "val": 1, "test": 1}, 1) == {"train": 1, "val": 1, "test": 2}
+
+
+def test_apportion_gives_nothing_to_a_side_without_a_count():
+    assert apportion(10, {"train": 3, "val": 0, "test": 2}, 1) == {
+        "train": 6,
+        "val": 0,
+        "test": 4,
+    }
 
 
 def test_fields_are_allotted_in_the_ratio_of_the_counts():
