@@ -259,7 +259,10 @@ def _evaluate_finished(
         best_step=network.step,
     )
     plot_confusion(
-        results["test"]["confusion_matrix"], class_names, workdir / "confusion.png", title="test"
+        results["test"]["confusion_matrix"],
+        class_names,
+        workdir / "confusion.png",
+        title="test split",
     )
     # Written last: its presence says that the run is finished.
     _write_json(workdir / "results.json", results)

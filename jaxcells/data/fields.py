@@ -115,8 +115,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
 
     if unread:
         raise Error(
-            f"{root}: {len(unread)} files are in a format that is not read "
-            f"({_examples(unread, root)}); "
+            f"{root}: files in a format that is not read: {_examples(unread, root)}; "
             "export them as TIFF or OME-TIFF, or move them out of the folder"
         )
     if not found:
@@ -138,9 +137,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
             "a classifier needs at least two class folders"
         )
     if ignored:
-        logger.info(
-            "ignored %d files that are no images: %s", len(ignored), _examples(ignored, root)
-        )
+        logger.info("ignored, being no images: %s", _examples(ignored, root))
 
     infos = _inspect_all([path for _, _, _, path in found], root, plane)
     fields = []

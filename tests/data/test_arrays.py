@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from jaxcells.data.images import read_image
 from PIL import Image
 
 from jaxcells import Error
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.crop_set import open_crop_set, prepare_crop_set
+from jaxcells.data.images import read_image
 from tests.data.folders import write_folder
 
 SETTINGS = {"crop_size": 32, "crops_per_class": 10, "split": (6, 2, 2), "split_by": "field"}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jaxcells.data.images import read_image
 from PIL import Image
 
 from jaxcells import Error
 from jaxcells.data import crop_set as module
 from jaxcells.data.crop_set import open_crop_set, prepare_crop_set, verify_pixels
+from jaxcells.data.images import read_image
 from jaxcells.data.manifest import pixel_sha256, read_manifest
 from tests.data.folders import textured, write_folder, write_image
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jaxcells.data.images import ImageInfo
 
 from jaxcells import Error
 from jaxcells.data.crops import _distinct, draw_crops
 from jaxcells.data.fields import Field, find_fields
 from jaxcells.data.foreground import foreground_fraction, foreground_map
+from jaxcells.data.images import ImageInfo
 from jaxcells.data.splits import with_groups
 from tests.data.folders import write_image
 

@@ -43,7 +43,7 @@ def test_awkward_names_are_found_and_strays_left_out(tmp_path, caplog):
         "HE (1)/field0.png",
         "HE (1)/sample A.JPG",
     ]
-    assert "ignored 2 files that are no images: SOURCE.md, HE (1)/table.csv" in caplog.text
+    assert "ignored, being no images: SOURCE.md, HE (1)/table.csv" in caplog.text
 
 
 def test_a_folder_that_comes_split_keeps_its_split(tmp_path):
@@ -97,7 +97,7 @@ def test_missing_root_names_the_key(tmp_path):
 def test_formats_that_are_not_read_are_not_left_out_silently(tmp_path):
     write_folder(tmp_path, {"A": 1, "B": 1})
     (tmp_path / "A" / "stack.czi").write_bytes(b"ZISRAWFILE")
-    with pytest.raises(Error, match=r"1 files are in a format that is not read \(A/stack\.czi\)"):
+    with pytest.raises(Error, match=r"in a format that is not read: A/stack\.czi; export"):
         find_fields(tmp_path)
 
 

@@ -2,10 +2,10 @@ import collections
 from pathlib import Path
 
 import pytest
-from jaxcells.data.images import ImageInfo
 
 from jaxcells import Error
 from jaxcells.data.fields import Field
+from jaxcells.data.images import ImageInfo
 from jaxcells.data.splits import allot, apportion, with_groups
 
 COUNTS = {"train": 754, "val": 100, "test": 100}

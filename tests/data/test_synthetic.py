@@ -174,6 +174,30 @@ def test_a_field_depends_on_seed_line_channel_and_number_alone(tmp_path):
     assert len(set(samples["many"].values())) == 12
 
 
+def test_lines_share_channels_and_settings_but_no_cells(tmp_path, monkeypatch):
+    drawn = {}
+
+    def record(rng, line, channel, acquisition, *, height, width):
+        pixels = np.full((height, width), len(drawn), np.uint8)
+        drawn[len(drawn)] = (rng.random(), line.name, channel, acquisition)
+        return pixels
+
+    monkeypatch.setattr(synthetic, "simulate_field", record)
+    monkeypatch.setattr(synthetic, "parallel_map", lambda write, names, title: [*map(write, names)])
+    for seed in (0, 1):
+        synthetic.write_sample(
+            tmp_path / str(seed), seed=seed, channels_per_class=2, fields_per_channel=2, **SMALL
+        )
+    cells, lines, channels, settings = zip(*drawn.values(), strict=True)
+    assert len(set(cells)) == 2 * 3 * 2 * 2
+    assert lines == ("sim-A",) * 4 + ("sim-B",) * 4 + ("sim-C",) * 4 + lines[:12]
+    assert channels[:4] == channels[4:8] == channels[8:12]
+    assert channels[0] == channels[1] != channels[2] == channels[3]
+    assert settings[:4] == settings[4:8] == settings[8:12]
+    assert len(set(settings)) == 2 * 4
+    assert len(set(channels)) == 2 * 2
+
+
 def test_a_whole_sample_is_left_as_it_is(tmp_path, monkeypatch):
     root = tmp_path / "sample"
     settings = {"channels_per_class": 1, "fields_per_channel": 2, **SMALL}
