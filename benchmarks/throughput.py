@@ -186,8 +186,8 @@ def measure(
     }
 
 
-def report(args: argparse.Namespace, rates: dict[str, dict[str, np.ndarray]]) -> str:
-    """Writes the section of RESULTS.md for one run."""
+def report(args: argparse.Namespace, rates: dict[str, dict[str, np.ndarray]], load: float) -> str:
+    """Writes the section of RESULTS.md for one run; `load` says how busy others kept the CPU."""
     rows = ["| images per second | train | eval |", "|---|---|---|"]
     names = list(rates["train"])
     for name in names:
@@ -205,8 +205,8 @@ def report(args: argparse.Namespace, rates: dict[str, dict[str, np.ndarray]]) ->
             "",
             f"## {args.model}, batch {args.batch_size}, {size}x{size}, {args.dtype}",
             "",
-            f"{datetime.date.today()} · {_describe_device()} · {os.cpu_count()} threads · "
-            f"medians of {args.rounds} rounds of {args.steps} steps",
+            f"{datetime.date.today()} · {_describe_device()} · {os.cpu_count()} threads, load "
+            f"{load:.1f} before the start · medians of {args.rounds} rounds of {args.steps} steps",
             "",
             f"Python {platform.python_version()}, {', '.join(versions)}",
             "",
@@ -255,8 +255,9 @@ def main() -> None:
         "label": rng.integers(0, _NUM_CLASSES, args.batch_size, np.int32),
         "mask": np.ones(args.batch_size, np.float32),
     }
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     rates = measure(list(contestants(args, batch)), args.batch_size, args.rounds, args.steps)
-    section = report(args, rates)
+    section = report(args, rates, load)
     print(section)
     if not _RESULTS.exists():
         _RESULTS.write_text(_INTRODUCTION, encoding="utf-8")

@@ -114,11 +114,13 @@ def _allot_by_channel(
             large = per_channel[field.channel] >= len(sides)
             strata[field.channel if large else None].append(field.group)
         large_channels = any(channel is not None for channel in strata)
-        for channel, groups in strata.items():
+        given: collections.Counter[str] = collections.Counter()
+        for channel in sorted(strata, key=str):
             minimum = 1 if channel is not None or not large_channels else 0
-            allotted |= _cut(
-                groups, counts, minimum, named_generator(seed, "allot", label, channel)
-            )
+            rng = named_generator(seed, "allot", label, channel)
+            sides_of = _cut(strata[channel], counts, minimum, rng, given)
+            given.update(sides_of.values())
+            allotted |= sides_of
     return allotted
 
 
@@ -144,16 +146,22 @@ def _allot_jointly(
 
 
 def _cut(
-    groups: Sequence[str], counts: Mapping[str, int], minimum: int, rng: np.random.Generator
+    groups: Sequence[str],
+    counts: Mapping[str, int],
+    minimum: int,
+    rng: np.random.Generator,
+    given: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Shuffles groups and cuts them into sides in the ratio of the counts."""
     order = rng.permutation(sorted(groups)).tolist()
-    numbers = apportion(len(order), counts, minimum)
+    numbers = apportion(len(order), counts, minimum, given or {})
     sides = np.repeat(list(numbers), list(numbers.values())).tolist()
     return dict(zip(order, sides, strict=True))
 
 
-def apportion(total: int, counts: Mapping[str, int], minimum: int = 0) -> dict[str, int]:
+def apportion(
+    total: int, counts: Mapping[str, int], minimum: int, given: Mapping[str, int]
+) -> dict[str, int]:
     """Divides `total` groups over the sides in the ratio of the counts.
 
     What whole numbers leave over goes to val and test before train: intervals are only as narrow
@@ -163,15 +171,20 @@ def apportion(total: int, counts: Mapping[str, int], minimum: int = 0) -> dict[s
       total: number of groups.
       counts: the ratio; a side with 0 gets 0.
       minimum: the least that every other side gets, if `total` allows it for all.
+      given: what the sides have from earlier strata; the ratio is that of the sums.
     """
-    quota = {side: count / sum(counts.values()) * total for side, count in counts.items()}
+    whole = total + sum(given.values())
+    quota = {
+        side: count / sum(counts.values()) * whole - given.get(side, 0)
+        for side, count in counts.items()
+    }
     share = {side: max(int(quota[side]), minimum if counts[side] else 0) for side in counts}
     while sum(share.values()) < total:
         rest = {side: quota[side] - share[side] for side in counts}
         held_out = [side for side in ("test", "val") if rest.get(side, 0) > 1e-9]
         share[max(held_out or rest, key=rest.__getitem__)] += 1
     while sum(share.values()) > total:
-        excess = {side: share[side] - quota[side] for side in counts if share[side] > minimum}
+        excess = {s: share[s] - quota[s] for s in counts if share[s] > minimum}
         share[max(excess, key=excess.__getitem__)] -= 1
     return share
 

@@ -282,7 +282,8 @@ def simulate_field(
 
     # Cells flow at three heights, and the microscope focuses near the middle one.
     defocus = [acquisition.defocus + height for height in (-2.5, 0.0, 2.5)]
-    planes = np.zeros((3, y.size, x.size), np.float32)
+    # float64: NumPy transforms it two to three times as fast as float32.
+    planes = np.zeros((3, y.size, x.size))
     planes[1] = _wall_phase(channel, into_wall)
     for row, column, radius in _place_cells(rng, line, acquisition.crowding, into_wall):
         reach = math.ceil(1.3 * radius) + 4
@@ -298,11 +299,11 @@ def simulate_field(
         rng.uniform(0.8, 1.8, acquisition.specks),
         rng.uniform(-0.5, 1.2, acquisition.specks),
     )
-    spectrum = np.zeros((y.size, x.size // 2 + 1), np.complex64)
+    spectrum = np.zeros((y.size, x.size // 2 + 1), np.complex128)
     for plane, depth in zip(planes, defocus, strict=True):
         spectrum += np.fft.rfft2(plane) * _transfer(y.size, x.size, depth)
     phase_image = np.fft.irfft2(spectrum, planes[0].shape)[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
-    return _record(rng, acquisition, phase_image)
+    return _record(rng, acquisition, phase_image.astype(np.float32))
 
 
 def _wall_phase(channel: Channel, into_wall: FloatArray) -> FloatArray:
@@ -350,7 +351,7 @@ def _cell_phase(
     stretch = math.exp(0.5 * abs(rng.normal(0.06, 0.08)))
     along = (cos * x + sin * y[:, None]) / stretch
     across = (cos * y[:, None] - sin * x) * stretch
-    distance, bearing = np.hypot(along, across), np.arctan2(across, along)
+    distance, bearing = np.sqrt(along**2 + across**2), np.arctan2(across, along)
     edge = np.full_like(distance, radius)
     for order in (2, 3, 4):
         wave = rng.normal(0, 0.035 / (order - 1))
@@ -365,9 +366,9 @@ def _cell_phase(
     nucleus_radius = ratio * radius
     center = _scatter(rng, 1, 0, 0.7 * (radius - nucleus_radius))
     squeeze = math.exp(rng.normal(0, 0.06))
-    depth = nucleus_radius - np.hypot(
-        (y[:, None] - float(center[0, 0])) * squeeze, (x - float(center[1, 0])) / squeeze
-    )
+    rows = (y[:, None] - float(center[0, 0])) * squeeze
+    columns = (x - float(center[1, 0])) / squeeze
+    depth = nucleus_radius - np.sqrt(rows**2 + columns**2)
     nucleus = 0.22 / (1 + np.exp(-np.clip(depth / 0.9, -30, 30)))
     envelope = 0.16 * np.exp(-0.5 * (depth / 1.1) ** 2)
 
@@ -409,7 +410,7 @@ def _spots(
     )
     vertical = phases * np.exp(-0.5 * ((y - rows) / sizes) ** 2)
     horizontal = np.exp(-0.5 * ((x - columns) / sizes) ** 2)
-    return vertical.T @ horizontal
+    return np.einsum("nh,nw->hw", vertical, horizontal)
 
 
 def _transfer(height: int, width: int, defocus: float) -> FloatArray:
