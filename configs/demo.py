@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config.data.crop_size = 100
     config.data.crops_per_class = 600
     config.data.split = (400, 100, 100)
+    config.data.augment.dihedral = True  # cells in suspension have no upright
     config.optim.learning_rate = 0.05
     config.optim.schedule = "cosine"
-    config.train.num_epochs = 8
+    config.train.num_epochs = 10
     return config

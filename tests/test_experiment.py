@@ -234,15 +234,6 @@ def test_a_second_process_on_one_workdir_is_refused(images, environment, tmp_pat
     assert "another process is working there" in result.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(images, environment, tmp_path):
-    workdir = tmp_path / "nan"
-    result = run(command(images, workdir, "--config.optim.learning_rate=1e30"), environment)
-    assert result.returncode == 2
-    assert "the loss is" in result.stderr
-    assert "at step" in result.stderr
-    assert list_steps(workdir / "checkpoints") == []
-
-
 def test_missing_weights_stop_a_run_on_anyones_own_images(images, environment, tmp_path):
     offline = {**environment, "JAXCELLS_CACHE": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
     arguments = command(

@@ -93,7 +93,7 @@ CELL_LINES = (
         granules=30.0,
         granule_size=1.15,
         granule_phase=0.50,
-        vacuoles=0.85,
+        vacuoles=0.9,
         membrane_width=1.9,
         membrane_phase=0.50,
     ),
@@ -242,11 +242,11 @@ def draw_acquisition(rng: np.random.Generator) -> Acquisition:
         gradient=(rng.normal(0, 0.1), rng.normal(0, 0.1)),
         vignette=rng.uniform(0.03, 0.15),
         center=(rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4)),
-        contrast=math.exp(rng.uniform(-0.4, 0.4)),
-        defocus=rng.normal(0, 0.8),
+        contrast=math.exp(rng.uniform(-0.35, 0.35)),
+        defocus=rng.uniform(-1.2, 1.2),
         crowding=rng.uniform(1.02, 1.2),
         specks=int(rng.poisson(rng.gamma(2, 10))),
-        electrons=20 * math.exp(rng.normal(0, 0.5)),
+        electrons=20 * math.exp(rng.uniform(-0.8, 0.8)),
         read_noise=rng.uniform(0.5, 1.5),
     )
 
@@ -410,6 +410,7 @@ def _spots(
     )
     vertical = phases * np.exp(-0.5 * ((y - rows) / sizes) ** 2)
     horizontal = np.exp(-0.5 * ((x - columns) / sizes) ** 2)
+    # Not a matrix product: BLAS would set threads of its own against those that write fields.
     return np.einsum("nh,nw->hw", vertical, horizontal)
 
 
