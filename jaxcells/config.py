@@ -98,6 +98,8 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
         )
     elif name[1] == "plain" and config.init == "imagenet":
         yield f"model.name={config.model.name!r} has no ImageNet weights; use --config.init=random"
+    elif name[1] == "plain" and config.model.zero_init_residual:
+        yield "model.zero_init_residual=True would keep a network without shortcuts at zero"
     yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     yield from at_least("model.width", config.model.width, 1)
     if config.init == "imagenet" and config.model.width != 64:

@@ -75,6 +75,10 @@ def test_all_mistakes_are_reported_at_once():
     [
         ({"model__name": "plain34"}, "has no ImageNet weights; use --config.init=random"),
         ({"model__width": 16}, "does not fit init=imagenet"),
+        (
+            {"model__name": "plain18", "init": "random", "model__zero_init_residual": True},
+            "without shortcuts at zero",
+        ),
         ({"data__source": "folder"}, r"set --config\.data\.root=FOLDER"),
         ({"data__source": "sample", "data__root": "x"}, "leave one of them out"),
         ({"data__source": "web"}, "must be folder, sample, tfds:NAME or empty"),

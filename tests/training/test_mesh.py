@@ -95,7 +95,9 @@ def run(devices, checkpoint=None):
         batch = {name: values[rows] for name, values in skewed_batch(index).items()}
         state, _ = step(state, mesh.shard_batch(batch, placed), jax.random.key(1))
         if checkpoint and index == 1:
-            checkpoints.save(checkpoint, state, meta={}, metrics={"balanced_accuracy": 0.5, "loss": 1})
+            checkpoints.save(
+                checkpoint, state, meta={}, metrics={"balanced_accuracy": 0.5, "loss": 1}
+            )
             restored, _ = checkpoints.restore(checkpoint, state)
             state = mesh.replicate(restored, placed)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(original))
