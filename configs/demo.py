@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.crops_per_class = 600
     config.data.split = (400, 100, 100)
     config.data.augment.dihedral = True  # cells in suspension have no upright
-    config.optim.learning_rate = 0.05
+    config.optim.learning_rate = 0.03
     config.optim.schedule = "cosine"
     config.train.num_epochs = 10
     return config

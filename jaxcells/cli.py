@@ -1,5 +1,6 @@
 """The command line: flags and verbs, one call a verb, expected errors as one clear line."""
 
+import errno
 import logging
 import re
 import sys
@@ -12,6 +13,8 @@ from ml_collections import ConfigDict, config_flags
 from jaxcells.config import validate
 from jaxcells.errors import Error
 from jaxcells.logs import set_up_logging
+from jaxcells.prepare import prepare_crops, prepare_data
+from jaxcells.workdir import lock_workdir
 
 logger = logging.getLogger("jaxcells")
 
@@ -65,9 +68,12 @@ def _run() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        todo = "; make room and run the same command again" if full else ""
+        print(f"error: {where}{error.strerror}{todo}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -103,6 +109,10 @@ def _parse(argv: Sequence[str]) -> str:
         raise Error(f"{error}; see --help") from error
     except (AttributeError, KeyError) as error:  # how the config library reports an unknown key
         text = " ".join(str(error).strip("\"'").replace("\\'", "'").split())
+        if "get_config" in text:
+            raise Error(
+                "--config: the file defines no get_config(); see configs/default.py"
+            ) from error
         raise Error(f"unknown key in --config.KEY=VALUE: {text}; see configs/default.py") from error
     verbs = [*_VERBS, "evaluate"]
     if len(rest) > 1 or (rest and rest[0] not in verbs):
@@ -145,28 +155,28 @@ def _train(config: ConfigDict, workdir: Path) -> None:
 
 
 def _crop(config: ConfigDict, workdir: Path) -> None:
-    from jaxcells.prepare import prepare_crops
-
-    prepare_crops(config, workdir)
+    with lock_workdir(workdir):
+        prepare_crops(config, workdir)
 
 
 def _check(config: ConfigDict, workdir: Path) -> None:
-    from jaxcells.prepare import prepare_data
-
-    prepare_data(config, workdir).audit.raise_errors()
+    with lock_workdir(workdir):
+        prepare_data(config, workdir).audit.raise_errors()
 
 
 def _evaluate() -> None:
-    from jaxcells.experiment import evaluate
+    from jaxcells.experiment import check_config, evaluate
 
     which = _FLAGS.checkpoint
     if which not in ("best", "latest"):
-        if not which.isdigit():
+        if not which.isdecimal():
             raise Error(f"--checkpoint={which} must be best, latest or a step")
         which = int(which)
     workdir = _workdir()
     if not workdir.is_dir():
         raise Error(f"{workdir}: no such workdir; train first, or give the folder of a run")
+    if _FLAGS.config is not None:
+        check_config(_config(), workdir)
     evaluate(workdir, split=_FLAGS.split, which=which)
 
 

@@ -1,6 +1,6 @@
-"""Checks a config before anything runs, stores it in the workdir, and compares the two."""
+"""Checks a config before anything runs, and compares it with the one of an earlier run."""
 
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,16 +12,34 @@ from jaxcells.data.images import parse_plane
 from jaxcells.data.splits import compile_group_pattern
 from jaxcells.errors import Error
 
+KEYS = (
+    *("seed", "init"),
+    *("model.name", "model.dtype", "model.width", "model.zero_init_residual"),
+    *("data.source", "data.root", "data.crop_size", "data.crops_per_class", "data.split"),
+    *("data.split_by", "data.border", "data.min_foreground", "data.plane", "data.normalize"),
+    *("data.augment.dihedral", "data.augment.intensity"),
+    *("optim.learning_rate", "optim.momentum", "optim.weight_decay", "optim.schedule"),
+    *("optim.label_smoothing", "optim.class_weights"),
+    *("train.batch_size", "train.num_epochs", "checkpoint.every_steps"),
+)
 _SOURCE = re.compile(r"|folder|sample|tfds:.+")
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks every value that can be checked without touching images or devices.
+    """Checks every key, and every value that can be checked without touching images or devices.
 
     Raises:
       Error: lists all mistakes at once, a line each.
     """
-    mistakes = list(_mistakes(config))
+    present = dict(_flatten(config.to_dict()))
+    mistakes = [f"{key} is not a key; see configs/default.py" for key in present if key not in KEYS]
+    mistakes += [f"{key} is missing; see configs/default.py" for key in KEYS if key not in present]
+    mistakes += [
+        f"{key}={value!r} is not a finite number"
+        for key, value in present.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    mistakes = mistakes or list(_mistakes(config))
     if mistakes:
         number = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
         raise Error(f"the config has {number}:\n  " + "\n  ".join(mistakes))
@@ -32,31 +50,13 @@ def data_source(config: ConfigDict) -> str:
     return config.data.source or ("folder" if config.data.root else "sample")
 
 
-def save_config(config: ConfigDict, path: Path) -> None:
-    """Writes a config as JSON."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def load_config(path: Path) -> ConfigDict:
-    """Reads what `save_config` wrote.
-
-    Raises:
-      Error: the file is missing or damaged.
-    """
-    try:
-        return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise Error(
-            f"{path}: missing; {path.parent} is not the workdir of a run, give its folder as "
-            "--workdir"
-        ) from None
-    except ValueError as error:
-        raise Error(f"{path}: damaged ({error}); restore it or choose another --workdir") from error
-
-
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns the keys in which two configs differ, with both values."""
+    """Returns the keys in which two configs differ, with both values.
+
+    `data.root` is left out: a folder may move, and its images are compared with the crop set.
+    """
     before, after = dict(_flatten(old.to_dict())), dict(_flatten(new.to_dict()))
+    before["data.root"] = after["data.root"] = ""
     return [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -85,7 +85,8 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
 
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed!r} must be from 0 to {2**32 - 1}"
-    if config.init not in ("imagenet", "random") and not Path(config.init).expanduser().exists():
+    init = Path(config.init).expanduser()
+    if config.init not in ("imagenet", "random") and not (config.init and init.exists()):
         yield (
             f"init={config.init!r} is neither imagenet nor random, and there is no such file or "
             "workdir"
@@ -101,7 +102,8 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
     elif name[1] == "plain" and config.model.zero_init_residual:
         yield "model.zero_init_residual=True would keep a network without shortcuts at zero"
     yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    yield from at_least("model.width", config.model.width, 1)
+    if not 1 <= config.model.width <= 1024:
+        yield f"model.width={config.model.width!r} must be from 1 to 1024"
     if config.init == "imagenet" and config.model.width != 64:
         yield f"model.width={config.model.width} does not fit init=imagenet, whose width is 64"
 

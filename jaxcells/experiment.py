@@ -1,21 +1,17 @@
 """A whole run in one workdir: data, training, and the test split opened once at the end."""
 
 import contextlib
-import json
 import logging
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxcells.config import data_source, differences, load_config, save_config
+from jaxcells.config import data_source, differences
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.crop_set import open_crop_set, verify_pixels
 from jaxcells.data.fields import SIDES
@@ -35,9 +31,14 @@ from jaxcells.logs import duration, read_metrics
 from jaxcells.prepare import PreparedData, prepare_data
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import Which, list_steps
-from jaxcells.training.initialization import Initialization, find_initialization
-from jaxcells.training.loop import train
+from jaxcells.training.initialization import (
+    Initialization,
+    check_no_leak,
+    find_initialization,
+)
+from jaxcells.training.loop import check_crops, train
 from jaxcells.training.meter import Progress
+from jaxcells.workdir import lock_workdir, read_json, write_json
 
 logger = logging.getLogger("jaxcells")
 
@@ -62,11 +63,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Results:
     """
     start = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
-    with lock_workdir(workdir):
-        _check_config(config, workdir)
+    # Of several processes the first one keeps the workdir for all.
+    with lock_workdir(workdir) if _is_primary() else contextlib.nullcontext():
+        check_config(config, workdir)
         results_path = workdir / "results.json"
         if results_path.exists():
-            results: Results = json.loads(results_path.read_text(encoding="utf-8"))
+            results: Results = read_json(results_path)
             logger.info("this run is finished; its results are in %s", results_path)
             print(_summary(results))
             return results
@@ -84,10 +86,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Results:
             )
         data = _prepare_together(config, workdir)
         data.audit.raise_errors()
+        check_no_leak(init, data.crop_set)
         if _is_primary():
-            save_config(config, workdir / "config.json")
+            write_json(workdir / "config.json", config.to_dict())
             environment = {**describe_environment(), "devices": mesh.describe_devices()}
-            _write_json(workdir / "environment.json", environment)
+            write_json(workdir / "environment.json", environment)
 
         progress = train(config, workdir, data, init, start=start)
         results = _evaluate_finished(config, workdir, data, progress)
@@ -113,19 +116,22 @@ def evaluate(workdir: Path, *, split: str, which: Which) -> Results:
     """
     if split not in SIDES:
         raise Error(f"--split={split}: there is no such split; use one of {', '.join(SIDES)}")
-    config = load_config(workdir / "config.json")
     network = load_network(workdir, which)
     crop_set = open_crop_set(workdir / "crops")
+    check_crops(network.meta, crop_set, workdir)
     verify_pixels(crop_set)
-    arrays = open_arrays(crop_set, workdir / "arrays")[split]
+    there = (workdir / "arrays").is_dir()
+    # Reading is safe beside a training, writing is not.
+    with contextlib.nullcontext() if there else lock_workdir(workdir):
+        arrays = open_arrays(crop_set, workdir / "arrays")[split]
     opened = write_history(workdir, "evaluate", split, network.step)
     if split == "test":
         logger.info("the test split of this run is opened for the %d. time", opened)
-    probabilities, seconds = predict_split(network, arrays, config.train.batch_size)
-    metrics = split_metrics(probabilities, arrays, network.class_names, seed=config.seed)
+    probabilities, seconds = predict_split(network, arrays, network.meta["batch_size"])
+    metrics = split_metrics(probabilities, arrays, network.class_names, seed=network.meta["seed"])
     metrics |= {"checkpoint": network.step, "evaluate_s": seconds["evaluate_s"]}
     name = f"{split}_step{network.step}"
-    _write_json(workdir / f"evaluation_{name}.json", metrics)
+    write_json(workdir / f"evaluation_{name}.json", metrics)
     write_predictions(
         workdir / f"predictions_{name}.csv", arrays.records, probabilities, network.class_names
     )
@@ -134,40 +140,19 @@ def evaluate(workdir: Path, *, split: str, which: Which) -> Results:
     return metrics
 
 
-@contextlib.contextmanager
-def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Keeps other processes out of a workdir; a killed process holds no lock.
+def check_config(config: ConfigDict, workdir: Path) -> None:
+    """Refuses to work in a trained workdir under another config.
 
     Raises:
-      Error: another process holds it.
+      Error: names the keys that differ.
     """
-    if not _is_primary():
-        yield
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(workdir / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise Error(
-            f"{workdir}: another process is working there; wait for it, or choose another --workdir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_config(config: ConfigDict, workdir: Path) -> None:
-    """Refuses to go on with a trained workdir under another config."""
-    if not list_steps(workdir / "checkpoints"):
-        return
-    changed = differences(load_config(workdir / "config.json"), config)
-    if changed:
-        raise Error(
-            f"{workdir} was trained with another config: {'; '.join(changed)}; go back to it, or "
-            "choose another --workdir"
-        )
+    if list_steps(workdir / "checkpoints") or (workdir / "results.json").exists():
+        changed = differences(ConfigDict(read_json(workdir / "config.json")), config)
+        if changed:
+            raise Error(
+                f"{workdir} was trained with another config: {'; '.join(changed)}; go back to it, "
+                "or choose another --workdir"
+            )
 
 
 def _prepare_together(config: ConfigDict, workdir: Path) -> PreparedData:
@@ -184,6 +169,7 @@ def _evaluate_finished(
 ) -> Results:
     start = time.monotonic()
     network = load_network(workdir, "best")
+    opened = write_history(workdir, "train", "test", network.step) if _is_primary() else 0
     class_names, arrays = network.class_names, data.arrays
     results: Results = {}
     seconds: dict[str, dict[str, float]] = {}
@@ -195,7 +181,7 @@ def _evaluate_finished(
         return results
 
     train_set, test_set = arrays["train"], arrays["test"]
-    results["test"]["opened"] = write_history(workdir, "train", "test", network.step)
+    results["test"]["opened"] = opened
     results["baseline"] = {
         "description": "linear classifier on each crop's mean and standard deviation per channel",
         "test_accuracy": mean_std_baseline(
@@ -248,7 +234,7 @@ def _evaluate_finished(
         "num_steps": meta["num_steps"],
         "num_epochs": config.train.num_epochs,
         "model": meta["model"],
-        "environment": json.loads((workdir / "environment.json").read_text(encoding="utf-8")),
+        "environment": read_json(workdir / "environment.json"),
     }
     write_predictions(
         workdir / "predictions_test.csv", test_set.records, probabilities["test"], class_names
@@ -265,7 +251,7 @@ def _evaluate_finished(
         title="test split",
     )
     # Written last: its presence says that the run is finished.
-    _write_json(workdir / "results.json", results)
+    write_json(workdir / "results.json", results)
     return results
 
 
@@ -289,12 +275,6 @@ def _summary(results: Results) -> str:
     if results["init"].get("warning"):
         lines.append(f"WARNING: {results['init']['warning']}")
     return "\n".join(lines)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _is_primary() -> bool:

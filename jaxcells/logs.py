@@ -90,11 +90,13 @@ def open_metrics(workdir: Path, *, first_step: int, primary: bool) -> Iterator[M
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line that was cut off while it was written is left out."""
+    """Reads metrics.jsonl; a line that was cut off while it was written is left out."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
     return records

@@ -15,8 +15,10 @@ from jaxcells.config import data_source
 from jaxcells.data import synthetic
 from jaxcells.data.arrays import SplitArrays, open_arrays
 from jaxcells.data.audit import Audit, audit_crops, describe_audit
-from jaxcells.data.crop_set import CropSet, prepare_crop_set
+from jaxcells.data.crop_set import CropSet
+from jaxcells.data.crop_writer import prepare_crop_set
 from jaxcells.data.tfds_source import export_tfds
+from jaxcells.errors import Error
 
 logger = logging.getLogger("jaxcells")
 
@@ -48,6 +50,12 @@ def prepare_crops(config: ConfigDict, workdir: Path) -> CropSet:
     elif source.startswith("tfds:"):
         root = workdir / "tfds"
         export_tfds(source.removeprefix("tfds:"), root, data_dir=config.data.root or None)
+    folder, images = workdir.resolve(), Path(root).expanduser().resolve()
+    if source == "folder" and (folder == images or images in folder.parents):
+        raise Error(
+            f"--workdir {workdir} lies in the image folder {root}, whose sub-folders are classes; "
+            "choose a workdir outside"
+        )
     return prepare_crop_set(
         workdir / "crops",
         root,

@@ -1,12 +1,13 @@
 import importlib
-import json
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default
 from jaxcells import Error
-from jaxcells.config import data_source, differences, load_config, save_config, validate
+from jaxcells.config import KEYS, data_source, differences, validate
+from jaxcells.workdir import read_json, write_json
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 
@@ -101,20 +102,46 @@ def test_the_source_follows_from_the_root():
     assert data_source(changed(data__source="tfds:malaria", data__root="x")) == "tfds:malaria"
 
 
+def test_the_known_keys_are_those_of_the_default():
+    assert set(_flatten_keys(default.get_config())) == set(KEYS)
+
+
+def _flatten_keys(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from _flatten_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_misspelt_and_missing_keys_of_a_config_file_are_named():
+    config = default.get_config()
+    config.optim.lerning_rate = 0.5
+    del config.train.num_epochs
+    with pytest.raises(Error) as error:
+        validate(config)
+    assert "optim.lerning_rate is not a key" in str(error.value)
+    assert "train.num_epochs is missing" in str(error.value)
+
+
+def test_numbers_must_be_finite():
+    with pytest.raises(Error, match=r"optim\.learning_rate=inf is not a finite number"):
+        validate(changed(optim__learning_rate=float("inf")))
+
+
 def test_stored_configs_compare_by_key(tmp_path):
-    save_config(changed(train__num_epochs=3), tmp_path / "config.json")
-    stored = load_config(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", changed(train__num_epochs=3).to_dict())
+    stored = ConfigDict(read_json(tmp_path / "config.json"))
     assert differences(stored, changed(train__num_epochs=3)) == []
-    assert differences(stored, changed(train__num_epochs=4, seed=1)) == [
+    assert differences(stored, changed(train__num_epochs=4, seed=1, data__root="moved")) == [
         "seed was 0, now 1",
         "train.num_epochs was 3, now 4",
     ]
-    assert json.loads((tmp_path / "config.json").read_text())["data"]["split"] == [754, 100, 100]
 
 
-def test_missing_and_damaged_configs(tmp_path):
+def test_missing_and_damaged_files_of_a_workdir(tmp_path):
     with pytest.raises(Error, match="is not the workdir of a run"):
-        load_config(tmp_path / "config.json")
+        read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(Error, match="damaged"):
-        load_config(tmp_path / "config.json")
+        read_json(tmp_path / "config.json")

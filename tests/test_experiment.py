@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxcells.logs import read_metrics
 from jaxcells.training.checkpoints import _read_arrays, best_step, list_steps
+from jaxcells.workdir import lock_workdir
 from tests.data.folders import textured, write_image
 
 REPOSITORY = Path(__file__).parents[1]
@@ -226,8 +228,6 @@ def test_killed_and_resumed_is_bit_identical(finished, images, environment, tmp_
 
 
 def test_a_second_process_on_one_workdir_is_refused(images, environment, tmp_path):
-    from jaxcells.experiment import lock_workdir
-
     with lock_workdir(tmp_path / "busy"):
         result = run(command(images, tmp_path / "busy"), environment)
     assert result.returncode == 2
@@ -247,12 +247,29 @@ def test_missing_weights_stop_a_run_on_anyones_own_images(images, environment, t
 
 def test_a_run_can_begin_from_an_earlier_one(finished, images, environment, tmp_path):
     workdir = tmp_path / "second"
-    extra = [f"--config.init={finished}", "--config.train.num_epochs=1", "--config.seed=1"]
+    extra = [f"--config.init={finished}", "--config.train.num_epochs=1"]
+    # Another seed is another split: what that run was trained on would now be test data.
+    result = run(command(images, tmp_path / "leak", *extra, "--config.seed=1"), environment)
+    assert result.returncode == 2
+    assert "images that are held out here" in result.stderr
     result = run(command(images, workdir, *extra), environment)
     assert result.returncode == 0, result.stderr
     init = json.loads((workdir / "results.json").read_text())["init"]
     assert init["kind"] == "run"
     assert init["source"] == str(finished)
+
+
+def test_other_crops_than_a_run_was_trained_on_are_refused(finished, images, environment, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    for name in ("crops", "arrays"):
+        shutil.rmtree(workdir / name)
+    crop = [*command(images, workdir, "--config.seed=1"), "crop"]
+    assert run(crop, environment).returncode == 0
+    launch = [sys.executable, str(REPOSITORY / "launch.py"), "evaluate", "--workdir", str(workdir)]
+    result = run(launch, environment)
+    assert result.returncode == 2
+    assert "were trained on other crops" in result.stderr
 
 
 def test_evaluate_gives_the_figures_of_the_run_and_keeps_count(finished, environment):

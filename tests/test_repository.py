@@ -30,16 +30,17 @@ MAY_IMPORT = {
     "evaluation.figures": [],
     "export": ["models", "training.checkpoints"],
     "logs": [],
+    "workdir": [],
     "environment": ["__init__"],
     "config": ["data"],
-    "prepare": ["config", "data", "logs"],
+    "prepare": ["config", "data"],
     "experiment": [
         *["config", "data", "environment", "evaluation", "export", "logs", "models"],
-        *["prepare", "training"],
+        *["prepare", "training", "workdir"],
     ],
     "cli": [
         *["config", "data", "environment", "evaluation", "experiment", "export", "logs"],
-        *["models", "prepare", "training"],
+        *["models", "prepare", "training", "workdir"],
     ],
 }
 

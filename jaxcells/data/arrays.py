@@ -1,14 +1,14 @@
 """Crops decoded once into memory-mapped arrays, keyed by the manifest they were made from."""
 
 import dataclasses
-import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from jaxcells.data.crop_set import CropSet, manifest_sha256
+from jaxcells.data.crop_set import CropSet
 from jaxcells.data.fields import SIDES
 from jaxcells.data.images import read_image
 from jaxcells.data.manifest import CropRecord, pixel_sha256
@@ -37,37 +37,55 @@ class SplitArrays:
 
 
 def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]:
-    """Opens the arrays of a crop set, making them first if they are missing or of another set.
-
-    Pixels are checked against the manifest while they are decoded.
+    """Opens the arrays of a crop set, making them first if they are missing or not of its pixels.
 
     Args:
       crop_set: the crops.
       directory: where the arrays are or will be.
 
     Returns:
-      The arrays of "train", "val" and "test".
+      The arrays of "train", "val" and "test", every pixel checked against the manifest.
 
     Raises:
       Error: a crop cannot be read, or its pixels are not those of the manifest.
     """
-    key = manifest_sha256(crop_set)
-    index = directory / "index.json"
-    if not index.is_file() or json.loads(index.read_text())["manifest_sha256"] != key:
+    arrays = _open(crop_set, directory)
+    if arrays is None:
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for side in SIDES:
             _write_images(crop_set, side, partial / f"{side}.npy")
-        (partial / "index.json").write_text(json.dumps({"manifest_sha256": key}))
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
+        arrays = _open(crop_set, directory)
+        if arrays is None:
+            raise Error(
+                f"{directory}: what was written does not read back the same; see to the disk"
+            )
+    return arrays
+
+
+def _open(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays] | None:
+    """Returns the arrays, or None if any pixel is not that of the manifest."""
     number = {name: label for label, name in enumerate(crop_set.class_names)}
     arrays = {}
     for side in SIDES:
         records = crop_set.split(side)
+        try:
+            images = np.load(directory / f"{side}.npy", mmap_mode="r")
+        except (OSError, ValueError):
+            return None
+
+        def differs(row: int, images: np.ndarray = images, records: list = records) -> bool:
+            return pixel_sha256(images[row]) != records[row].sha256
+
+        if len(images) != len(records) or any(
+            parallel_map(differs, range(len(records)), title=f"checking {side}")
+        ):
+            return None
         arrays[side] = SplitArrays(
-            images=np.load(directory / f"{side}.npy", mmap_mode="r"),
+            images=images,
             labels=np.array([number[record.label] for record in records], np.int32),
             records=tuple(records),
         )
@@ -80,6 +98,10 @@ def _write_images(crop_set: CropSet, side: str, path: Path) -> None:
     images = np.lib.format.open_memmap(
         path, mode="w+", dtype=first.dtype, shape=(len(records), *first.shape)
     )
+    if hasattr(os, "posix_fallocate"):
+        # Writing to a mapped file on a full disk would kill the process without a word.
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     def decode(number: int) -> None:
         record = records[number]
@@ -87,7 +109,8 @@ def _write_images(crop_set: CropSet, side: str, path: Path) -> None:
         if pixel_sha256(pixels) != record.sha256:
             raise Error(
                 f"{crop_set.directory / record.crop}: the pixels are not those of manifest.csv; "
-                f"delete {crop_set.directory} to draw again"
+                "choose "
+                f"another --workdir, or delete {crop_set.directory} to draw again"
             )
         images[number] = pixels
 

@@ -52,55 +52,53 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
       arrays: their pixels.
     """
     records = crop_set.records
+    # The study's plain random split shares fields: there that is what was asked for.
     split_crops = crop_set.settings["data.split_by"] == "crop" and not crop_set.came_split
-    # Only the study's plain random split may share fields; there they are what was asked for.
-    shared_is_error = not split_crops
-    errors: list[str] = []
-    warnings: list[str] = []
-
-    constant = {side: _near_constant(arrays[side].images) for side in SIDES}
     flat = {
         record.crop
-        for side in SIDES
-        for record, is_flat in zip(arrays[side].records, constant[side], strict=True)
+        for split in arrays.values()
+        for record, is_flat in zip(split.records, _near_constant(split.images), strict=True)
         if is_flat
     }
     shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
+    counts = _counts(records, crop_set.class_names)
+    errors = _empty_sides(counts)
+    warnings: list[str] = []
 
-    for what, groups in (
-        ("source images", _sides_by(records, lambda r: r.source)),
-        ("groups", _sides_by(records, lambda r: r.group)),
-        (
-            "identical crops",
-            _sides_by((r for r in records if r.crop not in flat), lambda r: r.sha256),
-        ),
-    ):
-        shared = sorted(key for key, sides in groups.items() if len(sides) > 1)
-        if shared and what == "identical crops":
-            shared = sorted({_first(records, sha256).crop for sha256 in shared})
-        if shared and (shared_is_error or what == "identical crops"):
-            errors.append(f"{len(shared)} {what} on two sides of the split, such as {shared[0]}")
     if split_crops:
-        number = sum(len(s) > 1 for s in _sides_by(records, lambda r: r.source).values())
+        number = len(_clashes(records, lambda r: r.source, lambda r: r.split))
         warnings.append(
             f"split_by=crop: {number} images give crops to two or more sides; training crops show "
             f"{shared_pixels['val']:.1%} of the validation pixels and {shared_pixels['test']:.1%} "
-            "of "
-            "the test pixels: the figures overstate how well new images are told apart"
+            "of the test pixels: the figures overstate how well new images are told apart"
         )
+    else:
+        for what, key in (("images", lambda r: r.source), ("groups", lambda r: r.group)):
+            clashes = _clashes(records, key, lambda r: r.split)
+            if clashes:
+                errors.append(
+                    f"{len(clashes)} {what} on two sides of the split, such as {key(clashes[0][0])}"
+                )
+    # Copies under other names are known by their pixels: whole images first, then crops.
+    distinctive = [record for record in records if record.crop not in flat]
+    image_sha256 = {name: source["sha256"] for name, source in crop_set.sources.items()}
+    for what, value in (("sides of the split", lambda r: r.split), ("classes", lambda r: r.label)):
+        copies = _clashes(distinctive, lambda r: image_sha256[r.source], value)
+        copies = [(a, b) for a, b in copies if a.source != b.source]
+        crops = _clashes(distinctive, lambda r: r.sha256, value)
+        if copies and not (split_crops and "split" in what):
+            first, second = copies[0]
+            errors.append(
+                f"{len(copies)} images are there twice, under two names on two {what}, such as "
+                f"{first.source} and {second.source}; remove one of each pair"
+            )
+        elif crops:
+            first, second = crops[0]
+            errors.append(
+                f"{len(crops)} crops are identical on two {what}, such as {first.crop} and "
+                f"{second.crop}"
+            )
 
-    twins = collections.defaultdict(set)
-    for record in records:
-        if record.crop not in flat:
-            twins[record.sha256].add(record.label)
-    mixed = [sha256 for sha256, labels in twins.items() if len(labels) > 1]
-    if mixed:
-        errors.append(
-            f"{len(mixed)} identical crops under two classes, such as "
-            f"{_first(records, mixed[0]).crop}"
-        )
-
-    counts = _counts(records, crop_set.class_names)
     warnings += _few_fields(counts) + _imbalance(counts["train"])
     if flat:
         warnings.append(
@@ -132,17 +130,28 @@ def describe_audit(audit: Audit, class_names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _sides_by(
-    records: Iterable[CropRecord], key: Callable[[CropRecord], str]
-) -> dict[str, set[str]]:
-    sides: dict[str, set[str]] = collections.defaultdict(set)
+def _clashes(
+    records: Iterable[CropRecord],
+    key: Callable[[CropRecord], str | None],
+    value: Callable[[CropRecord], str],
+) -> list[tuple[CropRecord, CropRecord]]:
+    """Returns two records with different values for every key that has such."""
+    first: dict[str | None, CropRecord] = {}
+    clashes: dict[str | None, tuple[CropRecord, CropRecord]] = {}
     for record in records:
-        sides[key(record)].add(record.split)
-    return sides
+        other = first.setdefault(key(record), record)
+        if value(other) != value(record):
+            clashes.setdefault(key(record), (other, record))
+    return list(clashes.values())
 
 
-def _first(records: Sequence[CropRecord], sha256: str) -> CropRecord:
-    return next(record for record in records if record.sha256 == sha256)
+def _empty_sides(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+    return [
+        f"class {name!r} has no crops in {side}"
+        for side, of_side in counts.items()
+        for name, count in of_side.items()
+        if not count["crops"]
+    ]
 
 
 def _near_constant(images: np.ndarray) -> np.ndarray:

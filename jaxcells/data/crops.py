@@ -128,6 +128,11 @@ def _shares(
             for field in of_class:
                 if side_of.get(field.name, "") == side:
                     channels[field.channel].append(field.name)
+            if not channels:
+                raise Error(
+                    f"class {label!r} has no image large enough for a crop in {side}; add one, or "
+                    "put the classes directly below the image folder to have them split"
+                )
             names = sorted(channels, key=lambda c: (given[c], min(rank[n] for n in channels[c])))
             for channel, channel_share in zip(names, _equal(total, len(names)), strict=True):
                 given[channel] += channel_share

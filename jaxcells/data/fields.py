@@ -84,7 +84,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
             + "; put the images of each cell line into a sub-folder of its own"
         )
     sides = {name: _SIDE_NAMES[name.lower()] for name in folders if name.lower() in _SIDE_NAMES}
-    came_split = {"train", "test"} <= set(sides.values())
+    came_split = len(set(sides.values())) >= 2
     class_folders: list[tuple[str | None, str, Path]]
     if came_split:
         _check_sides(root, folders, sides)
@@ -97,14 +97,19 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
     else:
         class_folders = [(None, label, root / label) for label in folders]
 
+    for _, _, folder in class_folders:
+        _check_encoding(folder)
     found: list[tuple[str | None, str, Path, Path]] = []
-    ignored: list[Path] = [path for path in root.iterdir() if path.is_file() and not _hidden(path)]
+    ignored: list[Path] = [
+        path for path in root.iterdir() if path.is_file() and not is_hidden(path)
+    ]
     unread: list[Path] = []
     empty: list[str] = []
     for split, label, folder in class_folders:
         before = len(found)
         for path in _files_below(folder):
             if _is_image(path):
+                _check_encoding(path)
                 found.append((split, label, folder, path))
             elif path.suffix.lower() in _UNREAD_FORMATS:
                 unread.append(path)
@@ -244,6 +249,14 @@ def _inspect_all(paths: list[Path], root: Path, plane: str) -> list[ImageInfo]:
     return [result for result in results if isinstance(result, ImageInfo)]
 
 
+def _check_encoding(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = str(path).encode("utf-8", "backslashreplace").decode()
+        raise Error(f"{name}: the name is not valid UTF-8; rename the file or folder") from None
+
+
 def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
     others = sorted(set(folders) - set(sides))
     if others:
@@ -252,7 +265,7 @@ def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
             "classes; "
             "use either root/<class>/ or root/{train,val,test}/<class>/"
         )
-    if len(set(sides.values())) < len(sides) or "val" not in sides.values():
+    if sorted(sides.values()) != sorted(SIDES):
         raise Error(
             f"{root}: a folder that comes split needs train, val and test, and has "
             f"{_some(sorted(sides))}"
@@ -282,23 +295,24 @@ def _files_below(folder: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(n for n in subfolders if not _hidden(Path(n)))
+        subfolders[:] = sorted(n for n in subfolders if not is_hidden(Path(n)))
         for name in sorted(names):
             path = Path(directory, name)
-            if not _hidden(path):
+            if not is_hidden(path):
                 yield path
 
 
 def _visible_folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path))
 
 
-def _hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
+    """Returns whether a file is one that systems leave behind rather than people."""
     return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not _hidden(path)
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path)
 
 
 def _examples(paths: list[Path], root: Path) -> str:

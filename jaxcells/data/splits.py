@@ -41,7 +41,7 @@ def with_groups(fields: Sequence[Field], split_by: str) -> list[Field]:
     grouped = []
     for field in fields:
         match = pattern.search(field.name)
-        if match is None or match.group(1) is None:
+        if match is None or not match.group(1):
             raise Error(
                 f"{field.path}: data.split_by={split_by!r} does not match {field.name!r}; the "
                 "expression must find its group 1 in the path of every image below data.root"

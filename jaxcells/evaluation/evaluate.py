@@ -150,7 +150,15 @@ def write_history(workdir: Path, verb: str, split: str, step: int) -> int:
         "split": split,
         "checkpoint": step,
     }
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return sum(json.loads(text)["split"] == split for text in lines)
+        # A line that a crash cut off stays as it is, and counts.
+        file.write("\n" * (before != "" and not before.endswith("\n")) + json.dumps(line) + "\n")
+    return 1 + sum(_opens(text, split) for text in before.splitlines())
+
+
+def _opens(line: str, split: str) -> bool:
+    try:
+        return json.loads(line)["split"] == split
+    except (ValueError, KeyError, TypeError):
+        return True

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from jaxcells.data.crop_set import CropSet, open_crop_set
 from jaxcells.errors import Error
 from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet, file_sha256
 from jaxcells.models.weights import load_pretrained, load_safetensors, transfer
@@ -61,6 +62,32 @@ def find_initialization(init: str, model_name: str, *, random_if_missing: bool) 
     return Initialization("run", path)
 
 
+def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
+    """Refuses to start from a run that has seen images which are now held out.
+
+    Raises:
+      Error: an image of this run's val or test split was trained on or chosen by in that run.
+    """
+    if init.kind != "run" or init.path is None:
+        return
+    earlier = open_crop_set(init.path / "crops")
+
+    def images(of: CropSet, sides: tuple[str, ...]) -> dict[str, str]:
+        return {of.sources[r.source]["sha256"]: r.source for r in of.records if r.split in sides}
+
+    seen = images(earlier, ("train",))
+    held_out = images(crop_set, ("val", "test"))
+    chosen, tested = images(earlier, ("val",)), images(crop_set, ("test",))
+    leaked = [*(seen.keys() & held_out.keys()), *(chosen.keys() & tested.keys())]
+    if leaked:
+        raise Error(
+            f"{init.path} has been trained or chosen by {len(set(leaked))} images that are held "
+            "out "
+            f"here, such as {held_out[leaked[0]]}; use the seed and split of that run, or other "
+            "images"
+        )
+
+
 def initialize(state: TrainState, init: Initialization) -> tuple[TrainState, dict[str, Any]]:
     """Puts the weights into a fresh state.
 
@@ -82,6 +109,7 @@ def initialize(state: TrainState, init: Initialization) -> tuple[TrainState, dic
     record["source"] = str(init.path)
     if init.kind == "run":
         source, _ = restore_variables(init.path / "checkpoints", "best")
+        record["step"] = best_step(init.path / "checkpoints")
         variables, report = transfer(source, state.variables)
     else:
         record["sha256"] = file_sha256(init.path)

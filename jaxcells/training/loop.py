@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxcells.data.arrays import SplitArrays
+from jaxcells.data.crop_set import CropSet
 from jaxcells.data.loader import eval_batches, num_batches, train_batches
 from jaxcells.data.normalization import Normalization, fit_normalization
+from jaxcells.errors import Error
 from jaxcells.logs import duration, open_metrics
 from jaxcells.models import create_model
 from jaxcells.prepare import PreparedData
@@ -77,6 +79,7 @@ def train(
     directory = workdir / "checkpoints"
     if checkpoints.list_steps(directory):
         state, meta = checkpoints.restore(directory, jax.eval_shape(create, init_key))
+        check_crops(meta, data.crop_set, workdir)
         progress = Progress(**meta["progress"])
         normalization = Normalization.from_dict(meta["normalization"])
         init_record = meta["init"]
@@ -131,7 +134,10 @@ def train(
                 "num_steps": num_steps,
                 "progress": dataclasses.asdict(progress),
                 "normalization": normalization.to_dict(),
+                "seed": config.seed,
+                "batch_size": batch_size,
                 "class_names": list(class_names),
+                "manifest_sha256": data.crop_set.manifest_sha256,
                 "model": model_args,
                 "init": init_record,
             }
@@ -208,6 +214,19 @@ def train(
             meter.restart()
     progress.total_s = seconds_before + time.monotonic() - start
     return progress
+
+
+def check_crops(meta: Mapping[str, Any], crop_set: CropSet, workdir: Path) -> None:
+    """Refuses to go on, or to evaluate, with other crops than a checkpoint was trained on.
+
+    Raises:
+      Error: the crops differ, and images may have changed sides.
+    """
+    if meta["manifest_sha256"] != crop_set.manifest_sha256:
+        raise Error(
+            f"{workdir}: the checkpoints were trained on other crops than those in "
+            f"{crop_set.directory}; choose another --workdir for these"
+        )
 
 
 def _validate(

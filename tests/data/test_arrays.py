@@ -4,7 +4,8 @@ from PIL import Image
 
 from jaxcells import Error
 from jaxcells.data.arrays import open_arrays
-from jaxcells.data.crop_set import open_crop_set, prepare_crop_set
+from jaxcells.data.crop_set import open_crop_set
+from jaxcells.data.crop_writer import prepare_crop_set
 from jaxcells.data.images import read_image
 from tests.data.folders import write_folder
 
@@ -47,3 +48,15 @@ def test_changed_pixels_do_not_get_into_the_arrays(crop_set, tmp_path):
     with pytest.raises(Error, match=r"the pixels are not those of manifest\.csv"):
         open_arrays(open_crop_set(crop_set.directory), tmp_path / "arrays")
     assert not (tmp_path / "arrays").exists()
+
+
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
+def test_damaged_arrays_are_made_anew(crop_set, tmp_path, damage):
+    before = np.array(open_arrays(crop_set, tmp_path / "arrays")["val"].images)
+    path = tmp_path / "arrays" / "val.npy"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] + b"\0" if damage == "changed" else content[:-900])
+    np.testing.assert_array_equal(open_arrays(crop_set, tmp_path / "arrays")["val"].images, before)

@@ -6,7 +6,7 @@ import pytest
 from jaxcells import Error
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.audit import audit_crops, describe_audit
-from jaxcells.data.crop_set import prepare_crop_set
+from jaxcells.data.crop_writer import prepare_crop_set
 from tests.data.folders import textured, write_folder, write_image
 
 SETTINGS = {
@@ -50,7 +50,7 @@ def test_a_source_on_two_sides_is_an_error(tmp_path):
     )
     tampered = dataclasses.replace(crop_set, records=records)
     result = audit_crops(tampered, open_arrays(crop_set, tmp_path / "arrays"))
-    assert any(e.startswith("1 source images on two sides") for e in result.errors)
+    assert any(e.startswith("1 images on two sides of the split") for e in result.errors)
     assert any(e.startswith("1 groups on two sides") for e in result.errors)
     with pytest.raises(Error, match="the audit found"):
         result.raise_errors()
@@ -64,14 +64,51 @@ def test_copies_under_other_names_are_found_by_their_pixels(tmp_path):
             write_image(tmp_path / "images" / label / f"{number}.png", pixels)
     result, _ = audit(tmp_path, tmp_path / "images")
     assert len(result.errors) == 1
-    assert "1 identical crops on two sides of the split, such as train/A/" in result.errors[0]
+    assert "1 images are there twice, under two names on two sides of the split" in result.errors[0]
+    assert "A/" in result.errors[0]
+
+
+def test_copies_are_found_though_their_crops_differ(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
+    for number in range(1, 4):
+        copy = root / "A" / f"copy{number}.png"
+        copy.write_bytes((root / "A" / "field0.png").read_bytes())
+    (root / "B" / "of_a.png").write_bytes((root / "A" / "field5.png").read_bytes())
+    result, crop_set = audit(tmp_path, root)
+    assert len({record.sha256 for record in crop_set.records}) == len(crop_set.records)
+    assert any("two sides of the split, such as A/" in e for e in result.errors)
+    assert any("on two classes, such as A/field5.png and B/of_a.png" in e for e in result.errors)
+
+
+def test_identical_crops_of_different_images_are_an_error(tmp_path):
+    # Every image shows the same square, in a frame of its own.
+    square = textured(32, 32, 0)
+    for label in "AB":
+        for number in range(3):
+            image = textured(33, 32, 7 * number + (label == "B"))
+            image[:32] = square
+            write_image(tmp_path / "images" / label / f"{number}.png", image)
+    result, _ = audit(tmp_path, tmp_path / "images", crops_per_class=6, split=(2, 2, 2))
+    assert any("crops are identical on two sides of the split" in e for e in result.errors)
+    assert any("crops are identical on two classes" in e for e in result.errors)
+
+
+def test_a_side_without_crops_of_a_class_is_an_error(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
+    _, crop_set = audit(tmp_path, root)
+    records = tuple(r for r in crop_set.records if (r.label, r.split) != ("B", "val"))
+    lacking = dataclasses.replace(crop_set, records=records)
+    result = audit_crops(lacking, open_arrays(crop_set, tmp_path / "arrays"))
+    assert "class 'B' has no crops in val" in result.errors
 
 
 def test_one_image_under_two_classes_is_an_error(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 9, "B": 9}, size=(32, 32))
     (root / "B" / "copy.png").write_bytes((root / "A" / "field0.png").read_bytes())
     result, _ = audit(tmp_path, root)
-    assert any("1 identical crops under two classes" in e for e in result.errors)
+    assert any(
+        "1 images are there twice, under two names on two classes" in e for e in result.errors
+    )
 
 
 def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from jaxcells import Error
-from jaxcells.data import crop_set as module
-from jaxcells.data.crop_set import open_crop_set, prepare_crop_set, verify_pixels
+from jaxcells.data import crop_writer as module
+from jaxcells.data.crop_set import open_crop_set, verify_pixels
+from jaxcells.data.crop_writer import prepare_crop_set
 from jaxcells.data.images import read_image
 from jaxcells.data.manifest import pixel_sha256, read_manifest
 from tests.data.folders import textured, write_folder, write_image
@@ -98,8 +99,30 @@ def test_changed_missing_and_added_files_are_named(root, tmp_path):
 def test_a_changed_image_folder_is_refused(root, tmp_path):
     prepare_crop_set(tmp_path / "crops", root, **SETTINGS)
     write_image(root / "B" / "new.png", textured(60, 80, 77))
-    with pytest.raises(Error, match=r"1 new or changed, 0 gone or changed: B/new\.png"):
+    with pytest.raises(Error, match=r"1 new or changed, 0 gone: B/new\.png"):
         prepare_crop_set(tmp_path / "crops", root, **SETTINGS)
+
+
+def test_another_folder_is_compared_by_its_pixels(root, tmp_path):
+    first = prepare_crop_set(tmp_path / "crops", root, **SETTINGS)
+    moved = root.rename(tmp_path / "moved")
+    assert prepare_crop_set(tmp_path / "crops", moved, **SETTINGS) == first
+    # Another day of one microscope: equal names and sizes, other cells.
+    victim = moved / "B" / "field0.png"
+    size = victim.stat().st_size
+    write_image(victim, textured(60, 80, 4242))
+    with open(victim, "ab") as file:
+        file.write(b"\0" * (size - victim.stat().st_size))
+    with pytest.raises(Error, match=r"not the images that .* was drawn from \(1 new or changed"):
+        prepare_crop_set(tmp_path / "crops", moved, **SETTINGS)
+    with pytest.raises(Error, match="the image folder does not exist"):
+        prepare_crop_set(tmp_path / "crops", tmp_path / "typo", **SETTINGS)
+
+
+def test_what_the_file_browser_leaves_is_no_change(root, tmp_path):
+    first = prepare_crop_set(tmp_path / "crops", root, **SETTINGS)
+    (tmp_path / "crops" / "train" / ".DS_Store").write_text("")
+    assert prepare_crop_set(tmp_path / "crops", root, **SETTINGS) == first
 
 
 def test_a_folder_that_is_no_crop_set_is_left_alone(root, tmp_path):
@@ -149,7 +172,7 @@ def test_a_killed_write_leaves_nothing_that_passes_for_a_set(tmp_path):
     script = textwrap.dedent(
         """
         import sys
-        from jaxcells.data.crop_set import prepare_crop_set
+        from jaxcells.data.crop_writer import prepare_crop_set
         prepare_crop_set(sys.argv[1] + "/crops", sys.argv[1] + "/images", seed=0, crop_size=64,
                          crops_per_class=2000, split=(1000, 500, 500), split_by="field")
         """
@@ -180,6 +203,17 @@ def test_damaged_manifests(root, tmp_path):
     path.write_text("a,b\n")
     with pytest.raises(Error, match="not a manifest"):
         read_manifest(path)
+
+
+def test_an_edited_manifest_is_refused(root, tmp_path):
+    prepare_crop_set(tmp_path / "crops", root, **SETTINGS)
+    path = tmp_path / "crops" / "manifest.csv"
+    path.write_text(path.read_text().replace(",train,", ",test,", 1))
+    with pytest.raises(Error, match=r"manifest\.csv was changed after it was written"):
+        prepare_crop_set(tmp_path / "crops", root, **SETTINGS)
+    (tmp_path / "crops" / "crop_set.json").write_text("{}")
+    with pytest.raises(Error, match="not a crop set, or a damaged one"):
+        open_crop_set(tmp_path / "crops")
 
 
 def test_what_was_done_is_logged(root, tmp_path, caplog):

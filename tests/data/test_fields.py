@@ -1,4 +1,5 @@
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
         ({"A": 0, "B": 0}, "no images in any of the 2 class folders"),
         ({".": 2}, "no class folders found, but 2 images"),
         ({"train/A": 1, "test/A": 1}, "needs train, val and test"),
+        ({"train/A": 1, "train/B": 1, "val/A": 1, "val/B": 1}, "needs train, val and test"),
         ({"train/A": 1, "val/A": 1, "test/A": 1, "other": 1}, "use either"),
         (
             {"train/A": 1, "val/A": 1, "test/A": 1, "test/B": 1},
@@ -136,3 +138,10 @@ def test_images_of_two_kinds_are_refused(tmp_path):
     write_image(tmp_path / "B" / "wide.png", textured(60, 90, 1))
     with pytest.raises(Error, match="differ in size"):
         usable_fields(find_fields(tmp_path), None, NO_BORDER)
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    write_folder(tmp_path, {"A": 1, "B": 1})
+    os.rename(os.fsencode(tmp_path / "B"), os.fsencode(tmp_path) + b"/zelle\xff")
+    with pytest.raises(Error, match=r"zelle\\udcff: the name is not valid UTF-8"):
+        find_fields(tmp_path)
