@@ -22,38 +22,6 @@ def num_batches(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def make_batch(
-    images: np.ndarray,
-    labels: np.ndarray,
-    indices: np.ndarray,
-    batch_size: int,
-    rows: slice = slice(None),
-) -> Batch:
-    """Gathers one batch, padded to `batch_size`.
-
-    Padding repeats the batch's own images with mask 0: every example weighs the same in the loss,
-    and batch norm sees nothing but real images.
-
-    Args:
-      images: [N, H, W, C].
-      labels: int [N].
-      indices: int [n], 1 <= n <= batch_size.
-      batch_size: B, over all processes.
-      rows: the rows of the batch that this process holds.
-
-    Returns:
-      {"image": [b, H, W, C] in the images' dtype, "label": int32 [b], "mask": float32 [b]}, where b
-      is the number of `rows`.
-    """
-    padded = np.resize(indices, batch_size)[rows]
-    mask = (np.arange(batch_size) < len(indices))[rows]
-    return {
-        "image": images[padded],
-        "label": labels[padded].astype(np.int32),
-        "mask": mask.astype(np.float32),
-    }
-
-
 def train_batches(
     images: np.ndarray,
     labels: np.ndarray,
@@ -65,22 +33,52 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields the batches of training from step `first_step` on, epoch after epoch, without end.
 
-    See `make_batch` for what a batch is.
+    The last batch of an epoch is filled up with the images that the epoch began with, at mask 0:
+    every example weighs the same in the loss, and batch norm sees as many different images as in
+    any other batch.
+
+    Args:
+      images: [N, H, W, C].
+      labels: int [N].
+      batch_size: B, over all processes.
+      seed: of the order.
+      first_step: how many batches of the endless sequence to leave out.
+      rows: the rows of every batch that this process holds.
+
+    Yields:
+      {"image": [b, H, W, C] in the images' dtype, "label": int32 [b], "mask": float32 [b]}, where b
+      is the number of `rows`.
     """
-    steps_per_epoch = num_batches(len(labels), batch_size)
-    epoch, number = divmod(first_step, steps_per_epoch)
+    epoch, first = divmod(first_step, num_batches(len(labels), batch_size))
     while True:
         order = epoch_indices(len(labels), seed=seed, epoch=epoch)
-        for start in range(number * batch_size, len(labels), batch_size):
-            indices = order[start : start + batch_size]
-            yield make_batch(images, labels, indices, batch_size, rows)
-        epoch, number = epoch + 1, 0
+        yield from _batches(images, labels, order, batch_size, rows, first)
+        epoch, first = epoch + 1, 0
 
 
 def eval_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, rows: slice = slice(None)
 ) -> Iterator[Batch]:
-    """Yields all examples in order, none dropped. See `make_batch`."""
-    for first in range(0, len(labels), batch_size):
-        indices = np.arange(first, min(first + batch_size, len(labels)))
-        yield make_batch(images, labels, indices, batch_size, rows)
+    """Yields all examples in order, none dropped. See `train_batches`."""
+    yield from _batches(images, labels, np.arange(len(labels)), batch_size, rows, 0)
+
+
+def _batches(
+    images: np.ndarray,
+    labels: np.ndarray,
+    order: np.ndarray,
+    batch_size: int,
+    rows: slice,
+    first: int,
+) -> Iterator[Batch]:
+    size = num_batches(len(order), batch_size) * batch_size
+    padded = np.resize(order, size)  # goes on from the beginning
+    mask = (np.arange(size) < len(order)).astype(np.float32)
+    for start in range(first * batch_size, size, batch_size):
+        batch = slice(start, start + batch_size)
+        indices = padded[batch][rows]
+        yield {
+            "image": images[indices],
+            "label": labels[indices].astype(np.int32),
+            "mask": mask[batch][rows],
+        }

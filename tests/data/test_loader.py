@@ -5,7 +5,6 @@ import numpy as np
 from jaxcells.data.loader import (
     epoch_indices,
     eval_batches,
-    make_batch,
     num_batches,
     train_batches,
 )
@@ -51,17 +50,24 @@ def test_training_goes_on_from_any_step():
                 np.testing.assert_array_equal(batch[name], expected[name])
 
 
-def test_padding_repeats_images_of_the_batch_with_mask_0():
-    batch = make_batch(IMAGES, LABELS, np.array([8, 9]), 5)
-    assert batch["image"].ravel().tolist() == [8, 9, 8, 9, 8]
+def test_the_last_batch_is_filled_up_with_other_images_at_mask_0():
+    # 9 examples in batches of 4: one is left for the third.
+    *_, last = itertools.islice(train_batches(IMAGES[:9], LABELS[:9], 4, seed=0), 3)
+    order = epoch_indices(9, seed=0, epoch=0)
+    assert last["image"].ravel().tolist() == [order[8], *order[:3]]
+    assert last["mask"].tolist() == [1, 0, 0, 0]
+    # Fewer examples than rows: all that there are, again and again.
+    batch = next(train_batches(IMAGES[:2], LABELS[:2], 5, seed=0))
+    assert sorted(batch["image"].ravel()[:2]) == [0, 1]
     assert batch["mask"].tolist() == [1, 1, 0, 0, 0]
 
 
 def test_processes_hold_the_rows_of_one_batch():
-    whole = make_batch(IMAGES, LABELS, np.array([4, 8, 9]), 4)
-    parts = [make_batch(IMAGES, LABELS, np.array([4, 8, 9]), 4, slice(i, i + 2)) for i in (0, 2)]
-    for name in whole:
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    whole = list(eval_batches(IMAGES, LABELS, 4))
+    parts = [list(eval_batches(IMAGES, LABELS, 4, slice(i, i + 2))) for i in (0, 2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(np.concatenate([h[name] for h in halves]), batch[name])
 
 
 def test_evaluation_drops_nothing():
