@@ -168,3 +168,12 @@ def test_near_empty_crops_are_redrawn(tmp_path):
     assert min(foreground_fraction(blocks, c.y, c.x, 64) for c in free) == 0
     with pytest.raises(Error, match=r"0\.png: only 0 of \d+ random crops.*fullest has 1\.00"):
         draw_crops(fields, counts, 64, seed=0, min_foreground=1.01)
+
+
+def test_a_side_without_usable_images_is_named():
+    fields = [
+        dataclasses.replace(f, split=side)
+        for f, side in zip(make_fields({"A": 3}), ("train", "train", "test"), strict=True)
+    ]
+    with pytest.raises(Error, match="class 'A' has no image large enough for a crop in val"):
+        draw_crops(fields, COUNTS, 200, seed=0)

@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 
 from jaxcells import Error
-from jaxcells.data import synthetic
+from jaxcells.data import simulation, synthetic
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
-from jaxcells.data.synthetic import CELL_LINES, draw_acquisition, draw_channel, simulate_field
+from jaxcells.data.simulation import draw_acquisition, draw_channel, simulate_field
+from jaxcells.data.synthetic import CELL_LINES
 from jaxcells.evaluation.baseline import mean_std_baseline
 
 SMALL = {"height": 120, "width": 160}
@@ -106,7 +107,7 @@ def test_nearly_every_100_pixel_crop_holds_a_whole_cell():
     rng = np.random.default_rng(0)
     open_channel = np.full((480, 640), -100.0)
     for line in CELL_LINES:
-        cells = synthetic._place_cells(rng, line, 1.2, open_channel)  # as sparse as it gets
+        cells = simulation._place_cells(rng, line, 1.2, open_channel)  # as sparse as it gets
         rows, columns, radii = np.array(cells).T
         assert 0.8 < 2 * np.median(radii) / line.diameter < 1.1
         hits = 0
