@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxcells.config import validate
 from jaxcells.errors import Error
+from jaxcells.evaluation.figures import plot_examples
 from jaxcells.logs import set_up_logging
 from jaxcells.prepare import prepare_crops, prepare_data
 from jaxcells.workdir import lock_workdir
@@ -76,7 +77,7 @@ def _run() -> int:
         print(f"error: {where}{error.strerror}{todo}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
@@ -161,7 +162,11 @@ def _crop(config: ConfigDict, workdir: Path) -> None:
 
 def _check(config: ConfigDict, workdir: Path) -> None:
     with lock_workdir(workdir):
-        prepare_data(config, workdir).audit.raise_errors()
+        data = prepare_data(config, workdir)
+        train, path = data.arrays["train"], workdir / "crops.png"
+        plot_examples(train.images, train.labels, data.crop_set.class_names, path)
+        logger.info("crops of every class are shown in %s", path)
+        data.audit.raise_errors()
 
 
 def _evaluate() -> None:

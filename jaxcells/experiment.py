@@ -28,7 +28,7 @@ from jaxcells.evaluation.evaluate import (
 from jaxcells.evaluation.figures import plot_confusion, plot_curves
 from jaxcells.evaluation.metrics import summary_table
 from jaxcells.logs import duration, read_metrics
-from jaxcells.prepare import PreparedData, prepare_data
+from jaxcells.prepare import PreparedData, prepare_crops, prepare_data
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import Which, list_steps
 from jaxcells.training.initialization import (
@@ -69,6 +69,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Results:
         results_path = workdir / "results.json"
         if results_path.exists():
             results: Results = read_json(results_path)
+            if config.data.root != read_json(workdir / "config.json")["data"]["root"]:
+                prepare_crops(config, workdir)  # refuses other images than those of the run
             logger.info("this run is finished; its results are in %s", results_path)
             print(_summary(results))
             return results
@@ -126,7 +128,7 @@ def evaluate(workdir: Path, *, split: str, which: Which) -> Results:
         arrays = open_arrays(crop_set, workdir / "arrays")[split]
     opened = write_history(workdir, "evaluate", split, network.step)
     if split == "test":
-        logger.info("the test split of this run is opened for the %d. time", opened)
+        logger.info("the test split of this run has now been opened %d times", opened)
     probabilities, seconds = predict_split(network, arrays, network.meta["batch_size"])
     metrics = split_metrics(probabilities, arrays, network.class_names, seed=network.meta["seed"])
     metrics |= {"checkpoint": network.step, "evaluate_s": seconds["evaluate_s"]}
@@ -262,15 +264,15 @@ def _summary(results: Results) -> str:
         summary_table(
             results["test"], f"test split, best checkpoint (step {results['best_step']})"
         ),
-        f"validation accuracy {results['validation']['accuracy']:.3f}; mean-and-deviation baseline "
-        f"on the test split {baseline:.3f}",
+        f"validation accuracy {results['validation']['accuracy']:.3f}; brightness and contrast of "
+        f"the crops alone reach {baseline:.3f} on the test split",
         f"trained {results['num_epochs']} epochs in {duration(timing['train_s'])} at "
         f"{timing['train_images_per_second']:.1f} images/s; everything took "
         f"{duration(timing['total_s'])}",
     ]
     if results["test"]["accuracy"] <= baseline:
         lines.append(
-            "WARNING: the network does no better than the brightness and contrast of the crops"
+            "WARNING: the network does no better than brightness and contrast of the crops alone"
         )
     if results["init"].get("warning"):
         lines.append(f"WARNING: {results['init']['warning']}")

@@ -85,6 +85,7 @@ def test_crop_and_check_run_without_jax(tmp_path):
         assert result.returncode == 0, result.stderr
     assert "reusing 20 verified crops" in result.stderr
     assert "audit passed" in result.stderr
+    assert (tmp_path / "run" / "crops.png").stat().st_size > 1000
 
 
 def test_configs_import_their_neighbours_from_any_folder(tmp_path):

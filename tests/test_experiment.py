@@ -170,6 +170,15 @@ def test_a_finished_run_says_so(finished, images, environment):
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix != ".lock"} == before
 
 
+def test_a_finished_run_has_no_answer_for_other_images(finished, environment, tmp_path):
+    for label in ("coarse", "fine"):
+        for number in range(18):
+            write_image(tmp_path / label / f"field{number}.png", textured(64, 64, 1000 + number))
+    result = run(command(tmp_path, finished), environment)
+    assert result.returncode == 2
+    assert "not the images that" in result.stderr
+
+
 def test_a_changed_config_is_refused_with_its_keys(finished, images, environment):
     result = run(command(images, finished, "--config.train.num_epochs=9"), environment)
     assert result.returncode == 2
@@ -280,7 +289,7 @@ def test_evaluate_gives_the_figures_of_the_run_and_keeps_count(finished, environ
     again = json.loads((finished / f"evaluation_test_step{results['best_step']}.json").read_text())
     for key in ("accuracy", "loss", "confusion_matrix", "interval_95"):
         assert again[key] == results["test"][key]
-    assert "opened for the 2. time" in result.stderr
+    assert "has now been opened 2 times" in result.stderr
     history = (finished / "history.jsonl").read_text().splitlines()
     assert json.loads(history[-1])["verb"] == "evaluate"
 

@@ -65,14 +65,15 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     errors = _empty_sides(counts)
     warnings: list[str] = []
 
-    if split_crops:
-        number = len(_clashes(records, lambda r: r.source, lambda r: r.split))
+    shares_fields = split_crops and _clashes(records, lambda r: r.source, lambda r: r.split)
+    if shares_fields:
         warnings.append(
-            f"split_by=crop: {number} images give crops to two or more sides; training crops show "
-            f"{shared_pixels['val']:.1%} of the validation pixels and {shared_pixels['test']:.1%} "
-            "of the test pixels: the figures overstate how well new images are told apart"
+            f"split_by=crop: {len(shares_fields)} images give crops to two or more sides; training "
+            f"crops show {shared_pixels['val']:.1%} of the validation pixels and "
+            f"{shared_pixels['test']:.1%} of the test pixels: the figures overstate how well new "
+            "images are told apart"
         )
-    else:
+    elif not split_crops:
         for what, key in (("images", lambda r: r.source), ("groups", lambda r: r.group)):
             clashes = _clashes(records, key, lambda r: r.split)
             if clashes:

@@ -89,6 +89,19 @@ def prepare_crop_set(
     per_class = collections.Counter(field.label for field in kept)
     if whole:
         notes.append("images are used whole, as crops that were made elsewhere")
+        if split_by in ("field", "crop"):
+            notes.append(
+                "each image counts as a field of its own: if several were cut from one image, name "
+                "that with --config.data.split_by='EXPRESSION', or test and training share images"
+            )
+    kept = with_groups(kept, split_by)
+    if split_by not in ("field", "crop"):
+        groups = sorted({field.group for field in kept})
+        alone = " (each image alone)" if len(groups) == len(kept) else ""
+        notes.append(
+            f"split_by={split_by!r}: {len(groups)} groups in {len(kept)} images{alone}, such as "
+            f"{', '.join(groups[:3])}"
+        )
     for note in notes:
         logger.info("note: %s", note)
     logger.info(
@@ -97,7 +110,7 @@ def prepare_crop_set(
         ", ".join(f"{label} {number}" for label, number in sorted(per_class.items())),
     )
     crops = draw_crops(
-        with_groups(kept, split_by),
+        kept,
         dict(zip(SIDES, split, strict=True)),
         size,
         seed=seed,

@@ -139,6 +139,31 @@ def plot_crops_sheet(
     _save(figure, path)
 
 
+def plot_examples(
+    images: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    class_names: Sequence[str],
+    path: str | Path,
+    *,
+    per_class: int = 8,
+) -> None:
+    """Draw crops of every class, taken evenly over a split: what the network gets to see.
+
+    Args:
+      images: [N, H, W, C].
+      labels: int [N].
+      class_names: the position is the label.
+      path: where the PNG goes.
+      per_class: crops in a row.
+    """
+    rows = {}
+    for label, name in enumerate(class_names):
+        numbers = np.flatnonzero(labels == label)
+        chosen = np.linspace(0, len(numbers) - 1, min(per_class, len(numbers))).astype(int)
+        rows[name] = [images[number] for number in numbers[chosen]]
+    plot_crops_sheet(rows, path, title="training crops")
+
+
 def _curve(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, npt.NDArray[np.float64]]:
     """Columns epoch, step, loss and accuracy of one split, one row per epoch."""
     by_step = {record["step"]: record for record in records if record["split"] == split}

@@ -287,6 +287,8 @@ def _percentiles(replicates: npt.NDArray[np.float64]) -> list[float | None]:
 def _few_units(units_of: npt.NDArray[np.int64], class_names: Sequence[str]) -> str:
     few = sorted((int(n), name) for n, name in zip(units_of, class_names, strict=True) if n)
     few = [(n, name) for n, name in few if n < _FEW_UNITS]
-    shown = ", ".join(f"{n} of {name!r}" for n, name in few[:3])
-    more = f" and few of {len(few) - 3} more classes" if len(few) > 3 else ""
+    listed = few if len(few) <= 4 else few[:3]
+    shown = ", ".join(f"{n} of {name!r}" for n, name in listed)
+    rest = len(few) - len(listed)
+    more = f" and fewer than {_FEW_UNITS} of {rest} other classes" if rest else ""
     return f"too few independent fields (groups) in this split ({shown}{more})"

@@ -204,3 +204,13 @@ def test_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     )
     assert out.stdout.strip() == "set()"
     assert (tmp_path / "c.png").exists()
+
+
+def test_examples_are_spread_over_each_class(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "plot_crops_sheet", lambda rows, path, title: shown.update(rows))
+    images = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1)
+    labels = np.array([0] * 17 + [1] * 3)
+    figures.plot_examples(images, labels, ["A", "B"], tmp_path / "crops.png", per_class=5)
+    assert [int(crop.item()) for crop in shown["A"]] == [0, 4, 8, 12, 16]
+    assert [int(crop.item()) for crop in shown["B"]] == [17, 18, 19]

@@ -228,7 +228,7 @@ def test_many_classes_with_few_units_give_a_short_note():
     result = classification_metrics(
         one_hot(predictions, 30), labels, class_names=names, groups=units
     )
-    assert "and few of 27 more classes" in result["interval_note"]
+    assert "and fewer than 5 of 27 other classes" in result["interval_note"]
     assert len(result["interval_note"]) < 200
 
 
