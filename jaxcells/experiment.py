@@ -25,7 +25,7 @@ from jaxcells.evaluation.evaluate import (
     write_history,
     write_predictions,
 )
-from jaxcells.evaluation.figures import plot_confusion, plot_curves
+from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
 from jaxcells.evaluation.metrics import summary_table
 from jaxcells.logs import duration, read_metrics
 from jaxcells.prepare import PreparedData, prepare_crops, prepare_data
@@ -252,6 +252,7 @@ def _evaluate_finished(
         workdir / "confusion.png",
         title="test split",
     )
+    plot_examples(train_set.images, train_set.labels, class_names, workdir / "crops.png")
     # Written last: its presence says that the run is finished.
     write_json(workdir / "results.json", results)
     return results

@@ -112,7 +112,7 @@ def test_a_run_leaves_everything_that_the_design_promises(finished, images):
     assert results["environment"]["dependencies"]["jax"] == jax.__version__
     assert results["environment"]["devices"]["platform"] == "cpu"
     assert 0 <= results["baseline"]["test_accuracy"] <= 1
-    for name in ("config.json", "environment.json", "curves.png", "confusion.png"):
+    for name in ("config.json", "environment.json", "curves.png", "confusion.png", "crops.png"):
         assert (finished / name).stat().st_size > 0
     assert list((finished / "tensorboard").iterdir())
     assert len(list_steps(finished / "checkpoints")) in (2, 3)
