@@ -104,7 +104,7 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     if flat:
         warnings.append(
             f"{len(flat)} of {len(records)} crops are nearly constant, such as {min(flat)}; "
-            "--config.data.min_foreground=0.05 redraws empty crops"
+            "--config.data.min_foreground=0.1 redraws empty crops"
         )
     warnings += _kinds(crop_set.field_kinds)
     return Audit(tuple(errors), tuple(warnings), counts, shared_pixels)
