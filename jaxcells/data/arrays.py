@@ -109,8 +109,7 @@ def _write_images(crop_set: CropSet, side: str, path: Path) -> None:
         if pixel_sha256(pixels) != record.sha256:
             raise Error(
                 f"{crop_set.directory / record.crop}: the pixels are not those of manifest.csv; "
-                "choose "
-                f"another --workdir, or delete {crop_set.directory} to draw again"
+                f"choose another --workdir, or delete {crop_set.directory} to draw again"
             )
         images[number] = pixels
 

@@ -208,8 +208,7 @@ def _few_fields(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[s
             listed = ", ".join(f"{name} {number}" for name, number in few.items())
             found.append(
                 f"few independent fields in {side} ({listed}): crops of one field are alike, so "
-                "its "
-                "intervals are wide or cannot be trusted"
+                "its intervals are wide or cannot be trusted"
             )
     return found
 
@@ -221,8 +220,7 @@ def _imbalance(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
         return []
     return [
         f"classes are unequal: {most} has {crops[most]} training crops, {least} {crops[least]}; "
-        "read "
-        "balanced accuracy, and consider --config.optim.class_weights=balanced"
+        "read balanced accuracy, and consider --config.optim.class_weights=balanced"
     ]
 
 

@@ -189,8 +189,7 @@ def _positions(
         raise Error(
             f"{field.path}: only {len(places)} of {tried} random crops have the foreground that "
             f"data.min_foreground={min_foreground:g} asks for, and {number} are needed (the "
-            "fullest "
-            f"has {best:.2f}); lower --config.data.min_foreground or take this image out"
+            f"fullest has {best:.2f}); lower --config.data.min_foreground or take this image out"
         )
     return places
 

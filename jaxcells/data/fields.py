@@ -193,8 +193,7 @@ def usable_fields(
             )
         notes = [
             f"{num_all[label] - num_kept[label]} of {num_all[label]} images of {label!r} are "
-            "smaller "
-            f"than the {crop_size}x{crop_size} crop{within} and give no crops"
+            f"smaller than the {crop_size}x{crop_size} crop{within} and give no crops"
             for label in sorted(num_all)
             if num_all[label] != num_kept[label]
         ]
@@ -262,8 +261,7 @@ def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
     if others:
         raise Error(
             f"{root}: folders {_some(sorted(sides))} look like a split, {_some(others)} like "
-            "classes; "
-            "use either root/<class>/ or root/{train,val,test}/<class>/"
+            "classes; use either root/<class>/ or root/{train,val,test}/<class>/"
         )
     if sorted(sides.values()) != sorted(SIDES):
         raise Error(

@@ -128,20 +128,31 @@ def _allot_jointly(
     fields: list[Field], counts: Mapping[str, int], split_by: str, seed: int
 ) -> dict[str, str]:
     """Allots groups that share classes with one another, until every class is on every side."""
-    sides = {side for side, count in counts.items() if count > 0}
+    sides = [side for side, count in counts.items() if count > 0]
     labels = sorted({field.label for field in fields})
     groups = sorted({field.group for field in fields})
     rng = named_generator(seed, "allot", *labels)
+
+    def reaches_every_side(allotted: Mapping[str, str]) -> bool:
+        reached = {(field.label, allotted[field.group]) for field in fields}
+        return len(reached) == len(labels) * len(sides)
+
     for _ in range(_ATTEMPTS):
         allotted = _cut(groups, counts, 1, rng)
-        reached = {(field.label, allotted[field.group]) for field in fields}
-        if len(reached) == len(labels) * len(sides):
+        if reaches_every_side(allotted):
             return allotted
+    # Where the ratio leaves no way, any numbers of groups do; the most for the first side is best.
+    others = [
+        dict(zip(groups, rng.choice(sides, len(groups)).tolist(), strict=True))
+        for _ in range(_ATTEMPTS)
+    ]
+    possible = [allotted for allotted in others if reaches_every_side(allotted)]
+    if possible:
+        return max(possible, key=lambda allotted: list(allotted.values()).count(sides[0]))
     raise Error(
         f"data.split_by={split_by!r}: found no way to give each of the classes "
         f"{', '.join(labels)} a group on every side, with {len(groups)} groups shared between "
-        "them; "
-        "use a finer group or --config.data.split_by=field"
+        "them; use a finer group or --config.data.split_by=field"
     )
 
 

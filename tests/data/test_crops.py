@@ -53,6 +53,23 @@ def test_channels_and_their_fields_give_equal_shares():
             assert max(per_field.values()) - min(per_field.values()) <= 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_remainders_of_the_sides_do_not_add_up_in_one_channel(seed):
+    # 754 and 100 both leave one crop over when three channels share them.
+    crops = draw_crops(make_fields({"A/1": 5, "A/2": 5, "A/3": 5}), COUNTS, 200, seed=seed)
+    assert set(collections.Counter(c.field.channel for c in crops).values()) == {318}
+
+
+def test_every_field_has_positions_of_its_own():
+    crops = draw_crops(
+        make_fields({"A": 3, "B": 3}), {"train": 9, "val": 9, "test": 9}, 200, seed=0
+    )
+    places = collections.defaultdict(list)
+    for crop in crops:
+        places[crop.field.name].append((crop.y, crop.x))
+    assert len({tuple(p) for p in places.values()}) == 6
+
+
 def test_positions_follow_from_seed_class_and_field_alone():
     fields = make_fields({"A": 8, "B": 8})
     both = draw_crops(fields, COUNTS, 200, seed=0)
