@@ -190,10 +190,14 @@ def start(images: Path, workdir: Path, environment: dict[str, str]) -> subproces
         return subprocess.Popen(command(images, workdir), env=environment, stderr=terminal)
 
 
-def wait_for_checkpoint(process: subprocess.Popen, workdir: Path, epoch: int) -> None:
-    """Waits until an epoch is saved, then a little: anywhere in what follows."""
+def latest_step(workdir: Path) -> int:
+    return max(list_steps(workdir / "checkpoints"), default=0)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, workdir: Path, after: int) -> None:
+    """Waits until a step past `after` is saved, then a little: anywhere in what follows."""
     deadline = time.monotonic() + 240
-    while max(list_steps(workdir / "checkpoints"), default=0) < epoch * STEPS_PER_EPOCH:
+    while latest_step(workdir) <= after:
         assert process.poll() is None, workdir.with_suffix(".txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -203,21 +207,24 @@ def wait_for_checkpoint(process: subprocess.Popen, workdir: Path, epoch: int) ->
 def test_killed_and_resumed_is_bit_identical(finished, images, environment, tmp_path):
     workdir = tmp_path / "interrupted"
     process = start(images, workdir, environment)
-    wait_for_checkpoint(process, workdir, 1)
+    wait_for_checkpoint(process, workdir, after=0)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
+    before = latest_step(workdir)
     process = start(images, workdir, environment)
-    wait_for_checkpoint(process, workdir, 2)
+    wait_for_checkpoint(process, workdir, after=before)
     process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     exit_code = process.wait(timeout=60)
     terminal = workdir.with_suffix(".txt").read_text()
-    assert "resuming at step" in terminal
-    if exit_code != 0:  # 0: it was done before it was asked
-        assert exit_code == 128 + signal.SIGTERM
+    assert f"resuming at step {before} of" in terminal
+    if exit_code == 128 + signal.SIGTERM:
         assert "the same command resumes there" in terminal
         assert time.monotonic() - asked < 20
+    else:  # training was over before it was asked
+        assert exit_code in (0, -signal.SIGTERM)
+        assert latest_step(workdir) == EPOCHS * STEPS_PER_EPOCH
 
     result = run(command(images, workdir), environment)
     assert result.returncode == 0, result.stderr
