@@ -1,7 +1,6 @@
 """The crop set as a TensorFlow Datasets data set, prepared and read back without TensorFlow."""
 
 import contextlib
-import hashlib
 import io
 import os
 import tempfile
@@ -9,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcells.data.crop_set import file_sha256
 from jaxcells.data.images import read_image
 from jaxcells.data.manifest import CropRecord, pixel_sha256, read_manifest
 from jaxcells.data.tfds_source import export_tfds, import_tfds, read_data_source
@@ -48,7 +48,7 @@ def prepare_tfds(
     records = read_manifest(crop_dir / "manifest.csv")
     if not records:
         raise Error(f"{crop_dir / 'manifest.csv'}: lists no crops; delete {crop_dir}, draw again")
-    manifest_sha256 = hashlib.sha256((crop_dir / "manifest.csv").read_bytes()).hexdigest()
+    manifest_sha256 = file_sha256(crop_dir / "manifest.csv")
     prepared = data_dir / name / _VERSION
     if prepared.exists():
         builder = tfds.builder_from_directory(prepared)
