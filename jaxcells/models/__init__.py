@@ -34,6 +34,7 @@ def create_model(
     dtype: DTypeLike = jnp.float32,
     width: int = 64,
     zero_init_residual: bool = False,
+    norms: bool = True,
 ) -> ResNet:
     """Makes the network called `name`.
 
@@ -43,6 +44,7 @@ def create_model(
         dtype: dtype of the computation, float32 or bfloat16; parameters and logits stay float32.
         width: channels of the first stage.
         zero_init_residual: start every residual block as the identity.
+        norms: False leaves the batch norms out.
 
     Returns:
         A module with `apply(variables, x, train=...)`, see `ResNet`.
@@ -68,5 +70,6 @@ def create_model(
         width=width,
         shortcut=shortcut,
         zero_init_residual=zero_init_residual,
+        norms=norms,
         dtype=jnp.dtype(dtype),
     )

@@ -6,7 +6,9 @@ XLA makes good code of them on a CPU as well as on an accelerator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,6 +56,38 @@ class Conv(nn.Module):
 
 # Flax counts what it keeps, torch what it replaces: 0.9 is torch's 0.1.
 BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+
+def norm_layer(
+    enabled: bool, *, train: bool, dtype: DTypeLike = jnp.float32
+) -> Callable[..., jax.Array]:
+    """Makes the norm of a block or network: `norm(x, name="bn1", scale_init=...)`.
+
+    Whether statistics are those of the batch is said in the call, not in the module, so that
+    `training.freeze` can decide otherwise for single norms.
+
+    Args:
+        enabled: False gives the identity, without parameters or statistics.
+        train: normalise by the statistics of the batch, and move the running ones.
+        dtype: dtype of the output.
+    """
+
+    def norm(x: jax.Array, **attributes: Any) -> jax.Array:
+        return BatchNorm(dtype=dtype, **attributes)(x, use_running_average=not train)
+
+    def no_norm(x: jax.Array, **attributes: Any) -> jax.Array:
+        return x
+
+    return norm if enabled else no_norm
+
+
+class MaxPool(nn.Module):
+    """`max_pool` as a layer without parameters, so that a table of layers shows it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, C]` to `[B, ceil(H / 2), ceil(W / 2), C]`."""
+        return max_pool(x)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -278,6 +280,38 @@ def test_bfloat16_block_is_near_the_float32_one(block):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=0.01), rounded_stats, exact_stats
     )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "plain18"])
+def test_segments_one_after_another_are_the_network(name):
+    model = create_model(name, num_classes=3, width=4)
+    x = _images(2, 40, 40, 3)
+    variables = _random_variables(model, x)
+    names = [name for segment in model.segments for name in segment]
+    assert set(names) == set(variables["params"])
+    assert len(names) == len(set(names))
+    expected, moved = model.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    stats = {}
+    for first, segment in enumerate(model.segments):
+        own = {
+            kind: {n: leaves[n] for n in segment if n in leaves}
+            for kind, leaves in variables.items()
+        }
+        # A segment needs its own variables, and no others.
+        x, updated = model.apply(
+            own, x, train=True, first=first, last=first + 1, mutable=["batch_stats"]
+        )
+        stats |= updated.get("batch_stats", {})
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), stats, moved["batch_stats"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "plain18"])
+def test_without_norms_the_convolutions_and_the_head_are_left(name):
+    x = jnp.zeros((1, 32, 32, 3))
+    with_norms, without = (_params(create_model(name, num_classes=2, norms=n), x) for n in (1, 0))
+    assert set(without) == {path for path in with_norms if "bn" not in path[-2]}
 
 
 def test_unknown_name_lists_the_known_ones():
