@@ -66,6 +66,20 @@ def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]
     return arrays
 
 
+def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """Creates a memory-mapped .npy file whose space on the disk is reserved.
+
+    Raises:
+      OSError: the disk has no room.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # Writing to a mapped file on a full disk would kill the process without a word.
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def _open(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays] | None:
     """Returns the arrays, or None if any pixel is not that of the manifest."""
     number = {name: label for label, name in enumerate(crop_set.class_names)}
@@ -95,13 +109,7 @@ def _open(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays] | Non
 def _write_images(crop_set: CropSet, side: str, path: Path) -> None:
     records = crop_set.split(side)
     first = read_image(crop_set.directory / crop_set.records[0].crop)
-    images = np.lib.format.open_memmap(
-        path, mode="w+", dtype=first.dtype, shape=(len(records), *first.shape)
-    )
-    if hasattr(os, "posix_fallocate"):
-        # Writing to a mapped file on a full disk would kill the process without a word.
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    images = create_array(path, (len(records), *first.shape), first.dtype)
 
     def decode(number: int) -> None:
         record = records[number]

@@ -1,7 +1,12 @@
-"""Stochastic gradient descent with momentum, as PyTorch defines it, and its learning rates."""
+"""Stochastic gradient descent with momentum, as PyTorch defines it, and its learning rates.
+
+The same arguments give the same object, here and in `training.steps`: JAX compiles a function once,
+and several runs of one recipe share what it compiled.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,8 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxcells.errors import Error
+from jaxcells.training.freeze import map_with_path, matches
 
 
+@functools.lru_cache(maxsize=8)
 def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.Schedule:
     """Makes the learning rate as a function of the step.
 
@@ -33,8 +40,14 @@ def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.S
     )
 
 
+@functools.lru_cache(maxsize=8)
 def make_optimizer(
-    schedule: optax.Schedule, *, momentum: float = 0.9, weight_decay: float = 0.0
+    schedule: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    freeze: tuple[str, ...] = (),
+    multipliers: tuple[tuple[str, float], ...] = (),
 ) -> optax.GradientTransformation:
     """Makes SGD with momentum: `v = momentum v + (g + weight_decay p)`, `p = p - lr v`.
 
@@ -46,18 +59,34 @@ def make_optimizer(
     decays them all.
 
     The schedule is a function of the count in the optimiser state, and no rate is stored in it:
-    a resumed run follows the schedule that it is given.
+    a resumed run follows the schedule that it is given. The state has the same form whatever is
+    frozen, so that a run can freeze parameters for its first epochs only.
 
     Args:
       schedule: learning rate by step.
       momentum: share of the velocity kept at each step.
       weight_decay: L2 penalty on kernels, 0 for none.
+      freeze: regular expressions over parameter paths: no gradient and no decay reaches these, so
+        that they gather no velocity either (see `training.freeze`).
+      multipliers: regular expressions, each with a factor of the learning rate; of several that
+        match a parameter the first counts, and without any the factor is 1.
     """
+
+    def stop(path: str, gradient: jax.Array) -> jax.Array:
+        return jnp.zeros_like(gradient) if matches(freeze, path) else gradient
+
+    def scale(path: str, update: jax.Array) -> jax.Array:
+        return update * next((f for pattern, f in multipliers if matches([pattern], path)), 1.0)
+
     decay = optax.add_decayed_weights(weight_decay, mask=_kernels)
     return optax.chain(
-        decay if weight_decay else optax.identity(),
+        optax.chain(
+            decay if weight_decay else optax.identity(),
+            optax.stateless(lambda grads, params: map_with_path(stop, grads)),
+        ),
         optax.trace(decay=momentum),
         optax.scale_by_learning_rate(schedule),
+        optax.stateless(lambda updates, params: map_with_path(scale, updates)),
     )
 
 

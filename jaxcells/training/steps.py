@@ -6,11 +6,13 @@ Each is made by a function that takes what stays the same for a whole run, and i
     {"image": [B, H, W, C] uint8 | uint16 | float32 as stored, "label": int32 [B],
      "mask": float32 [B], 1 for an example and 0 for a row that fills up the batch}
 
-and `normalize` takes its images to float32 `[B, H, W, C']`, the same in all three.
+and `normalize` takes its images to float32 `[B, H, W, C']`, the same in all three. The same
+arguments give the same function, which JAX compiles once (see `training.optim`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcells.training.augment import augment
+from jaxcells.training.freeze import frozen_norms, map_with_path, matches
 from jaxcells.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -61,13 +64,15 @@ def cross_entropy(
     return jnp.sum(losses, where=counts) / jnp.sum(weights[labels], where=counts)
 
 
+@functools.lru_cache(maxsize=8)
 def make_train_step(
     normalize: Normalize,
     *,
     label_smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
+    class_weights: tuple[float, ...] | None = None,
     dihedral: bool = False,
     intensity: float = 0.0,
+    freeze: tuple[str, ...] = (),
 ) -> TrainStep:
     """Makes `train_step(state, batch, rng) -> (state, sums)`: one update by gradient descent.
 
@@ -85,7 +90,13 @@ def make_train_step(
       class_weights: see `cross_entropy`.
       dihedral: see `augment`.
       intensity: see `augment`.
+      freeze: regular expressions over parameter paths: these parameters stay bit for bit, and so
+        do the running statistics of the norms among them (see `training.freeze`). The optimiser
+        of the state must know of them too.
     """
+
+    def updated(path: str, param: jax.Array, update: jax.Array) -> jax.Array:
+        return param if matches(freeze, path) else param + update
 
     def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, Sums]:
         images = normalize(batch["image"])
@@ -94,12 +105,13 @@ def make_train_step(
         )
 
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            logits, updated = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
+            with frozen_norms(freeze):
+                logits, moved = state.apply_fn(
+                    {"params": params, "batch_stats": state.batch_stats},
+                    images,
+                    train=True,
+                    mutable=["batch_stats"],
+                )
             loss = cross_entropy(
                 logits,
                 batch["label"],
@@ -107,13 +119,13 @@ def make_train_step(
                 label_smoothing=label_smoothing,
                 class_weights=class_weights,
             )
-            return loss, (logits, updated.get("batch_stats", {}))
+            return loss, (logits, moved.get("batch_stats", {}))
 
         grads, (logits, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
         updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=map_with_path(updated, state.params, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
@@ -122,6 +134,7 @@ def make_train_step(
     return train_step
 
 
+@functools.lru_cache(maxsize=8)
 def make_eval_step(normalize: Normalize) -> EvalStep:
     """Makes `eval_step(state, batch) -> sums` over the rows with mask 1.
 
@@ -149,6 +162,7 @@ def make_eval_step(normalize: Normalize) -> EvalStep:
     return eval_step
 
 
+@functools.lru_cache(maxsize=8)
 def make_predict_step(normalize: Normalize) -> PredictStep:
     """Makes `predict_step(state, batch) -> probabilities`, float32 `[B, K]`.
 
