@@ -15,13 +15,17 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # "imagenet", "random", a .safetensors file, or the workdir of an earlier run.
     config.init = "imagenet"
+    # First convolution for images of other than 3 channels: "adapt" the kernels of `init` (summed
+    # for one channel, averaged and rescaled for more), or "fresh": at random.
+    config.init_conv1 = "adapt"
 
     config.model = ConfigDict()
-    # resnet or plain (the same without shortcuts), followed by 18, 34, 50, 101 or 152.
+    # resnet or plain (the same without shortcuts), followed by 18, 34, 50, 101 or 152; or preact
+    # (identity mappings), followed by one of these, 200, 164 or 1001.
     config.model.name = "resnet34"
     # Precision of the computation, "float32" or "bfloat16"; parameters stay float32.
     config.model.dtype = "float32"
-    # Channels of the first stage; ImageNet weights need 64.
+    # Channels of the first convolution; ImageNet weights need 64.
     config.model.width = 64
     # Start every residual block as the identity (with init="random").
     config.model.zero_init_residual = False
@@ -32,6 +36,9 @@ def get_config() -> ConfigDict:
     config.data.source = ""
     # Folder with one sub-folder per class (and below it, one per channel), or the TFDS data folder.
     config.data.root = ""
+    # Seed of the crops and the split; -1 is the seed above. Set it to repeat a training with other
+    # seeds on the same crops.
+    config.data.seed = -1
     # Side of a crop in pixels; 0 uses every image whole.
     config.data.crop_size = 200
     config.data.crops_per_class = 954
@@ -61,6 +68,13 @@ def get_config() -> ConfigDict:
     # "constant" or "cosine" (to zero at the last step).
     config.optim.schedule = "constant"
     config.optim.label_smoothing = 0.0
+    # Regular expressions over the beginning of parameters' names, such as layer1_0/conv1/kernel:
+    # what they match stays as it is, norms' statistics too. "(?!fc)" is all but the head.
+    config.optim.freeze = ()
+    # Freeze for so many epochs, then train everything; 0 freezes for the whole run.
+    config.optim.freeze_epochs = 0
+    # Factors of the learning rate by the same means, such as "fc=10"; the first match counts.
+    config.optim.multipliers = ()
     # "none", or "balanced": every class weighs the same, however many crops it has.
     config.optim.class_weights = "none"
 

@@ -1,8 +1,10 @@
 """Checks a config before anything runs, and compares it with the one of an earlier run."""
 
+import dataclasses
+import importlib.util
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,21 @@ from jaxcells.data.splits import compile_group_pattern
 from jaxcells.errors import Error
 
 KEYS = (
-    *("seed", "init"),
+    *("seed", "init", "init_conv1"),
     *("model.name", "model.dtype", "model.width", "model.zero_init_residual"),
-    *("data.source", "data.root", "data.crop_size", "data.crops_per_class", "data.split"),
-    *("data.split_by", "data.border", "data.min_foreground", "data.plane", "data.normalize"),
+    *("data.source", "data.root", "data.seed", "data.crop_size", "data.crops_per_class"),
+    *(
+        "data.split",
+        "data.split_by",
+        "data.border",
+        "data.min_foreground",
+        "data.plane",
+        "data.normalize",
+    ),
     *("data.augment.dihedral", "data.augment.intensity"),
     *("optim.learning_rate", "optim.momentum", "optim.weight_decay", "optim.schedule"),
-    *("optim.label_smoothing", "optim.class_weights"),
+    *("optim.label_smoothing", "optim.freeze", "optim.freeze_epochs", "optim.multipliers"),
+    *("optim.class_weights",),
     *("train.batch_size", "train.num_epochs", "checkpoint.every_steps"),
 )
 _SOURCE = re.compile(r"|folder|sample|tfds:.+")
@@ -48,6 +58,130 @@ def validate(config: ConfigDict) -> None:
 def data_source(config: ConfigDict) -> str:
     """Returns "folder", "sample" or "tfds:NAME"."""
     return config.data.source or ("folder" if config.data.root else "sample")
+
+
+def data_seed(config: ConfigDict) -> int:
+    """Returns the seed of the crops and the split."""
+    return config.seed if config.data.seed == -1 else config.data.seed
+
+
+def parse_multipliers(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Turns every "REGEX=FACTOR" into a pair; the last = stands before the factor.
+
+    Raises:
+      Error: one is not of that form, or its factor is negative or not finite.
+    """
+    pairs = []
+    for text in texts:
+        pattern, _, factor = str(text).rpartition("=")
+        try:
+            re.compile(pattern)
+            value = float(factor)
+        except (re.error, ValueError):
+            value = math.nan
+        if not pattern or not 0 <= value < math.inf:
+            raise Error(
+                f"optim.multipliers: {text!r} must be a regular expression, =, and a factor of 0 "
+                "or more; for instance --config.optim.multipliers='fc=10'"
+            )
+        pairs.append((pattern, value))
+    return tuple(pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training of a comparison.
+
+    Attributes:
+      name: of its config file, without the ending.
+      seed: of its initialisation, order and augmentation.
+      config: all its keys.
+    """
+
+    name: str
+    seed: int
+    config: ConfigDict
+
+    @property
+    def label(self) -> str:
+        """Name of its folder."""
+        return f"{self.name}_seed{self.seed}"
+
+
+def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, list[Experiment]]:
+    """Turns the config of a comparison into that of its crops and those of its experiments.
+
+    An experiment is the comparison's config with what the experiment's own file changes of
+    `default.py`, and every seed.
+
+    Args:
+      config: a config with the keys `experiments` and `seeds`.
+      folder: where the config files of the experiments are, and default.py.
+
+    Returns:
+      The config without these two keys, and the experiments, all validated.
+
+    Raises:
+      Error: lists what is wrong with which experiment.
+    """
+    base = config.copy_and_resolve_references().unlock()
+    if "experiments" not in base or "seeds" not in base:
+        raise Error(
+            "a comparison needs the keys experiments and seeds; see configs/compare.py, and give "
+            "one like it as --config"
+        )
+    # On the command line, "a,b" arrives as one text.
+    names = [name.strip() for text in base.experiments for name in str(text).split(",")]
+    seeds = tuple(base.seeds)
+    del base.experiments, base.seeds
+    validate(base)
+    if not names or len(set(names)) < len(names):
+        raise Error(f"experiments={','.join(names)!r} must name one or more configs, each once")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
+        raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
+    paths = {name: folder / f"{name}.py" for name in names}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise Error(f"experiments: there is no file {', '.join(missing)}")
+
+    default = dict(_flatten(_get_config(folder / "default.py").to_dict()))
+    experiments, mistakes = [], []
+    for name, path in paths.items():
+        own = dict(_flatten(_get_config(path).to_dict()))
+        changes = {key: value for key, value in own.items() if value != default.get(key)}
+        shared = dict(_flatten(base.to_dict()))
+        mistakes += [
+            f"{name}: {key}={value!r} would need other crops than the comparison's "
+            f"{shared.get(key)!r}; set it in the config of the comparison"
+            for key, value in changes.items()
+            if key.startswith("data.")
+            and not key.startswith(("data.augment.", "data.normalize"))
+            and value != shared.get(key)
+        ]
+        for seed in seeds:
+            changed = base.copy_and_resolve_references()
+            changed.update_from_flattened_dict(
+                {key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()}
+            )
+            changed.seed, changed.data.seed = seed, data_seed(base)
+            try:
+                validate(changed)
+            except Error as error:
+                mistakes.append(f"{name}: {error}")
+            experiments.append(Experiment(name, seed, changed))
+    if mistakes:
+        raise Error("the comparison has mistakes:\n  " + "\n  ".join(dict.fromkeys(mistakes)))
+    return base, experiments
+
+
+def _get_config(path: Path) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise Error(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config: ConfigDict = module.get_config()
+    return config
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -85,6 +219,9 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
 
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed!r} must be from 0 to {2**32 - 1}"
+    if not -1 <= data.seed < 2**32:
+        yield f"data.seed={data.seed!r} must be from 0 to {2**32 - 1}, or -1 for that of the run"
+    yield from one_of("init_conv1", config.init_conv1, ("adapt", "fresh"))
     init = Path(config.init).expanduser()
     if config.init not in ("imagenet", "random") and not (config.init and init.exists()):
         yield (
@@ -92,12 +229,15 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
             "workdir"
         )
 
-    name = re.fullmatch(r"(resnet|plain)(18|34|50|101|152)", config.model.name)
+    name = re.fullmatch(
+        r"(resnet|plain|preact)(18|34|50|101|152)|(preact)(164|200|1001)", config.model.name
+    )
     if not name:
         yield (
-            f"model.name={config.model.name!r} must be resnet or plain, then 18, 34, 50, 101 or 152"
+            f"model.name={config.model.name!r} must be resnet, plain or preact, then 18, 34, 50, "
+            "101 or 152; or preact, then 164, 200 or 1001"
         )
-    elif name[1] == "plain" and config.init == "imagenet":
+    elif name[1] != "resnet" and config.init == "imagenet":
         yield f"model.name={config.model.name!r} has no ImageNet weights; use --config.init=random"
     elif name[1] == "plain" and config.model.zero_init_residual:
         yield "model.zero_init_residual=True would keep a network without shortcuts at zero"
@@ -154,6 +294,23 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
     yield from one_of("optim.schedule", optim.schedule, ("constant", "cosine"))
     if not 0 <= optim.label_smoothing < 1:
         yield f"optim.label_smoothing={optim.label_smoothing!r} must be from 0 to below 1"
+    for pattern in optim.freeze:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            yield f"optim.freeze: {pattern!r} is not a regular expression ({error})"
+    yield from at_least("optim.freeze_epochs", optim.freeze_epochs, 0)
+    if optim.freeze_epochs and not optim.freeze:
+        yield "optim.freeze_epochs is set and optim.freeze is empty; say what to freeze"
+    elif optim.freeze and optim.freeze_epochs >= config.train.num_epochs:
+        yield (
+            f"optim.freeze_epochs={optim.freeze_epochs} leaves no epoch of "
+            f"{config.train.num_epochs} for the rest; use 0 to freeze for the whole run"
+        )
+    try:
+        parse_multipliers(optim.multipliers)
+    except Error as error:
+        yield str(error)
     yield from one_of("optim.class_weights", optim.class_weights, ("none", "balanced"))
     yield from at_least("train.batch_size", config.train.batch_size, 2)
     yield from at_least("train.num_epochs", config.train.num_epochs, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxcells.config import data_source
+from jaxcells.config import data_seed, data_source
 from jaxcells.data import synthetic
 from jaxcells.data.arrays import SplitArrays, open_arrays
 from jaxcells.data.audit import Audit, audit_crops, describe_audit
@@ -46,7 +46,7 @@ def prepare_crops(config: ConfigDict, workdir: Path) -> CropSet:
     if source == "sample":
         root = workdir / "sample"
         logger.info("data.root is not set: using the built-in sample of simulated cells, %s", root)
-        synthetic.write_sample(root, seed=config.seed)
+        synthetic.write_sample(root, seed=data_seed(config))
     elif source.startswith("tfds:"):
         root = workdir / "tfds"
         export_tfds(source.removeprefix("tfds:"), root, data_dir=config.data.root or None)
@@ -59,7 +59,7 @@ def prepare_crops(config: ConfigDict, workdir: Path) -> CropSet:
     return prepare_crop_set(
         workdir / "crops",
         root,
-        seed=config.seed,
+        seed=data_seed(config),
         crop_size=config.data.crop_size,
         crops_per_class=config.data.crops_per_class,
         split=tuple(config.data.split),

@@ -3,32 +3,91 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxcells.data.arrays import SplitArrays
+from jaxcells.config import parse_multipliers
 from jaxcells.data.crop_set import CropSet
 from jaxcells.data.loader import eval_batches, num_batches, train_batches
 from jaxcells.data.normalization import Normalization, fit_normalization
 from jaxcells.errors import Error
-from jaxcells.logs import duration, open_metrics
+from jaxcells.logs import MetricWriter, duration, open_metrics
 from jaxcells.models import create_model
 from jaxcells.prepare import PreparedData
 from jaxcells.training import checkpoints, mesh, optim, steps
+from jaxcells.training.activations import discard_activations, keep_activations
+from jaxcells.training.freeze import frozen_prefix
 from jaxcells.training.initialization import Initialization, initialize
 from jaxcells.training.meter import Meter, Progress, check_finite
 from jaxcells.training.signals import Interrupted, StopRequest
-from jaxcells.training.state import TrainState, create_train_state
+from jaxcells.training.state import TrainState, apply_segments, create_train_state
 
 logger = logging.getLogger("jaxcells")
 
 _ESTIMATE_AFTER = 5  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Consecutive steps in which the same parameters are trained.
+
+    Attributes:
+      last_step: the last of them.
+      freeze: regular expressions over the paths of the parameters that are not.
+    """
+
+    last_step: int
+    freeze: tuple[str, ...] = ()
+
+
+def make_phases(
+    freeze: Sequence[str], freeze_epochs: int, *, steps_per_epoch: int, num_steps: int
+) -> tuple[Phase, ...]:
+    """Divides a run into the steps with frozen parameters and those without.
+
+    Args:
+      freeze: what is frozen.
+      freeze_epochs: for how many epochs from the start; 0 for all.
+      steps_per_epoch: number of steps in an epoch.
+      num_steps: number of steps in the run.
+    """
+    boundary = freeze_epochs * steps_per_epoch
+    if freeze and 0 < boundary < num_steps:
+        return Phase(boundary, tuple(freeze)), Phase(num_steps)
+    return (Phase(num_steps, tuple(freeze)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step of a run to its last, and where it writes."""
+
+    config: ConfigDict
+    workdir: Path
+    data: PreparedData
+    model: nn.Module
+    model_args: dict[str, Any]
+    schedule: optax.Schedule
+    normalization: Normalization
+    init_record: dict[str, Any]
+    step_key: jax.Array
+    num_steps: int
+    steps_per_epoch: int
+    devices: jax.sharding.Mesh
+    rows: slice
+    progress: Progress
+    meter: Meter
+    began: float  # such that the clock's time since then is that of the whole run
+    writer: MetricWriter | None
+    stop: StopRequest
+    bar: tqdm
 
 
 def train(
@@ -53,27 +112,32 @@ def train(
       Error: the loss is not finite, the batch does not fit the devices, or a checkpoint is damaged.
       Interrupted: SIGTERM or Ctrl-C, after saving.
     """
-    train_set, val_set = data.arrays["train"], data.arrays["val"]
+    train_set = data.arrays["train"]
     class_names = data.crop_set.class_names
     batch_size, num_epochs = config.train.batch_size, config.train.num_epochs
     steps_per_epoch = num_batches(len(train_set.labels), batch_size)
     num_steps = steps_per_epoch * num_epochs
     devices = mesh.make_mesh()
     rows = mesh.local_rows(batch_size, devices)
+    phases = make_phases(
+        config.optim.freeze,
+        config.optim.freeze_epochs,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+    )
 
     model_args = dict(config.model, num_classes=len(class_names))
+    model = create_model(**model_args)
     schedule = optim.make_schedule(
         config.optim.schedule, learning_rate=config.optim.learning_rate, num_steps=num_steps
-    )
-    tx = optim.make_optimizer(
-        schedule, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
     )
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     channels = train_set.images.shape[-1]
     sample_shape = (1, *train_set.images.shape[1:3], 3 if channels == 1 else channels)
 
     def create(key: jax.Array) -> TrainState:
-        model = create_model(**model_args)
+        # What is frozen makes no difference to the form of the optimiser's state.
+        tx = _optimizer(config, schedule, phases[0])
         return create_train_state(model, tx, sample_shape=sample_shape, key=key)
 
     directory = workdir / "checkpoints"
@@ -85,35 +149,13 @@ def train(
         init_record = meta["init"]
         logger.info("resuming at step %d of %d", int(state.step), num_steps)
     else:
-        state, init_record = initialize(create(init_key), init)
+        state, init_record = initialize(create(init_key), init, class_names=class_names)
         progress = Progress(prepare_s=data.seconds)
         normalization = fit_normalization(train_set.images, config.data.normalize)
-    first_step, seconds_before = int(state.step), progress.total_s
+    first_step = int(state.step)
+    began = start - progress.total_s
     state = mesh.replicate(state, devices)
-
-    train_step: Any = mesh.jit_train_step(
-        steps.make_train_step(
-            normalization,
-            label_smoothing=config.optim.label_smoothing,
-            class_weights=_class_weights(config.optim.class_weights, train_set.labels),
-            dihedral=config.data.augment.dihedral,
-            intensity=config.data.augment.intensity,
-        ),
-        devices,
-    )
-    eval_step = mesh.jit_eval_step(steps.make_eval_step(normalization), devices)
-    batches = train_batches(
-        train_set.images,
-        train_set.labels,
-        batch_size,
-        seed=config.seed,
-        first_step=first_step,
-        rows=rows,
-    )
     primary = jax.process_index() == 0
-    # On the CPU host and device share the cores: running ahead gains nothing there.
-    meter = Meter(progress, window=1 if jax.default_backend() == "cpu" else 32)
-
     with (
         open_metrics(workdir, first_step=first_step, primary=primary) as writer,
         StopRequest() as stop,
@@ -125,95 +167,218 @@ def train(
             dynamic_ncols=True,
         ) as bar,
     ):
-
-        def save(state: TrainState, metrics: Mapping[str, float] | None) -> None:
-            began = time.monotonic()
-            progress.total_s = seconds_before + began - start
-            meta = {
-                "step": int(state.step),
-                "num_steps": num_steps,
-                "progress": dataclasses.asdict(progress),
-                "normalization": normalization.to_dict(),
-                "seed": config.seed,
-                "batch_size": batch_size,
-                "class_names": list(class_names),
-                "manifest_sha256": data.crop_set.manifest_sha256,
-                "model": model_args,
-                "init": init_record,
-            }
-            checkpoints.save(directory, state, meta=meta, metrics=metrics)
-            progress.checkpoint_s += time.monotonic() - began
-
-        last_saved = first_step
-        first_trained = time.monotonic()
-        for step in range(first_step + 1, num_steps + 1):
-            if stop.requested(step):
-                meter.read()
-                if last_saved < step - 1:
-                    save(state, None)
-                raise Interrupted(
-                    f"stopped at step {step - 1} of {num_steps}; the same command resumes there",
-                    stop.signal,
-                )
-            batch = mesh.shard_batch(next(batches), devices)
-            if step == first_step + 1:
-                began = time.monotonic()
-                train_step = train_step.lower(state, batch, step_key).compile()
-                first_trained = time.monotonic()
-                progress.compile_s += first_trained - began
-                meter.restart()
-            state, sums = train_step(state, batch, step_key)
-            meter.add(step, sums)
-            bar.update()
-
-            if step == first_step + _ESTIMATE_AFTER:
-                meter.read()
-                seconds = (time.monotonic() - first_trained) / _ESTIMATE_AFTER
-                logger.info(
-                    "%.1f images/s: about %s for the %d steps left, validation apart",
-                    batch_size / seconds,
-                    duration(seconds * (num_steps - step)),
-                    num_steps - step,
-                )
-            every_steps = config.checkpoint.every_steps
-            if every_steps and step % every_steps == 0 and step % steps_per_epoch:
-                meter.read()
-                save(state, None)
-                last_saved = step
-                meter.restart()
-            if step % steps_per_epoch:
-                continue
-
-            meter.read()
-            epoch = step // steps_per_epoch
-            trained = progress.finish_epoch()
-            trained["learning_rate"] = float(schedule(step - 1))
-            began = time.monotonic()
-            validated = _validate(eval_step, state, val_set, batch_size, rows, devices)
-            progress.validate_s += time.monotonic() - began
-            check_finite(validated["loss"], step)
-            if writer:
-                writer.write({"step": step, "epoch": epoch, "split": "train", **trained})
-                writer.write({"step": step, "epoch": epoch, "split": "val", **validated})
-            save(state, validated)
-            last_saved = step
-            per_step = (time.monotonic() - first_trained) / (step - first_step)
-            logger.info(
-                "epoch %d/%d  train loss %.4f accuracy %.3f  val loss %.4f accuracy %.3f balanced "
-                "%.3f  %.1f images/s  %s left",
-                epoch,
-                num_epochs,
-                trained["loss"],
-                trained["accuracy"],
-                validated["loss"],
-                validated["accuracy"],
-                validated["balanced_accuracy"],
-                trained["images_per_second"],
-                duration(per_step * (num_steps - step)),
-            )
-            meter.restart()
-    progress.total_s = seconds_before + time.monotonic() - start
+        run = _Run(
+            config=config,
+            workdir=workdir,
+            data=data,
+            model=model,
+            model_args=model_args,
+            schedule=schedule,
+            normalization=normalization,
+            init_record=init_record,
+            step_key=step_key,
+            num_steps=num_steps,
+            steps_per_epoch=steps_per_epoch,
+            devices=devices,
+            rows=rows,
+            progress=progress,
+            # On the CPU host and device share the cores: running ahead gains nothing there.
+            meter=Meter(progress, window=1 if jax.default_backend() == "cpu" else 32),
+            began=began,
+            writer=writer,
+            stop=stop,
+            bar=bar,
+        )
+        for phase in phases:
+            if int(state.step) < phase.last_step:
+                state = _train_phase(run, phase, state)
+    if primary:
+        discard_activations(_activations(workdir))
+    progress.total_s = time.monotonic() - began
     return progress
+
+
+def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
+    """Trains to the end of a phase and returns the state there."""
+    config, progress, meter = run.config, run.progress, run.meter
+    batch_size, steps_per_epoch = config.train.batch_size, run.steps_per_epoch
+    first_step = int(state.step)
+    images, normalize, first_segment = _inputs(run, phase, state)
+    state = state.replace(
+        apply_fn=apply_segments(run.model, first_segment),
+        tx=_optimizer(config, run.schedule, phase),
+    )
+    train_labels = run.data.arrays["train"].labels
+    train_step: Any = mesh.jit_train_step(
+        steps.make_train_step(
+            normalize,
+            label_smoothing=config.optim.label_smoothing,
+            class_weights=_class_weights(config.optim.class_weights, train_labels),
+            dihedral=config.data.augment.dihedral,
+            intensity=config.data.augment.intensity,
+            freeze=phase.freeze,
+        ),
+        run.devices,
+    )
+    eval_step = mesh.jit_eval_step(steps.make_eval_step(normalize), run.devices)
+    batches = train_batches(
+        images["train"],
+        train_labels,
+        batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        rows=run.rows,
+    )
+
+    last_saved = first_step
+    first_trained = time.monotonic()
+    for step in range(first_step + 1, phase.last_step + 1):
+        if run.stop.requested(step):
+            meter.read()
+            if last_saved < step - 1:
+                _save(run, state, None)
+            raise Interrupted(
+                f"stopped at step {step - 1} of {run.num_steps}; the same command resumes there",
+                run.stop.signal,
+            )
+        batch = mesh.shard_batch(next(batches), run.devices)
+        if step == first_step + 1:
+            began = time.monotonic()
+            train_step = train_step.lower(state, batch, run.step_key).compile()
+            first_trained = time.monotonic()
+            progress.compile_s += first_trained - began
+            progress.step_bytes = max(progress.step_bytes, mesh.bytes_of(train_step))
+            meter.restart()
+        state, sums = train_step(state, batch, run.step_key)
+        meter.add(step, sums)
+        run.bar.update()
+
+        if step == first_step + _ESTIMATE_AFTER:
+            meter.read()
+            seconds = (time.monotonic() - first_trained) / _ESTIMATE_AFTER
+            logger.info(
+                "%.1f images/s: about %s for the %d steps left, validation apart",
+                batch_size / seconds,
+                duration(seconds * (run.num_steps - step)),
+                run.num_steps - step,
+            )
+        every_steps = config.checkpoint.every_steps
+        if every_steps and step % every_steps == 0 and step % steps_per_epoch:
+            meter.read()
+            _save(run, state, None)
+            last_saved = step
+            meter.restart()
+        if step % steps_per_epoch:
+            continue
+
+        meter.read()
+        epoch = step // steps_per_epoch
+        trained = progress.finish_epoch()
+        trained["learning_rate"] = float(run.schedule(step - 1))
+        began = time.monotonic()
+        validated = _validate(run, eval_step, state, images["val"])
+        progress.validate_s += time.monotonic() - began
+        check_finite(validated["loss"], step)
+        if run.writer:
+            run.writer.write({"step": step, "epoch": epoch, "split": "train", **trained})
+            run.writer.write({"step": step, "epoch": epoch, "split": "val", **validated})
+        _save(run, state, validated)
+        last_saved = step
+        per_step = (time.monotonic() - first_trained) / (step - first_step)
+        logger.info(
+            "epoch %d/%d  train loss %.4f accuracy %.3f  val loss %.4f accuracy %.3f balanced "
+            "%.3f  %.1f images/s  %s left",
+            epoch,
+            config.train.num_epochs,
+            trained["loss"],
+            trained["accuracy"],
+            validated["loss"],
+            validated["accuracy"],
+            validated["balanced_accuracy"],
+            trained["images_per_second"],
+            duration(per_step * (run.num_steps - step)),
+        )
+        meter.restart()
+    return state
+
+
+def _inputs(
+    run: _Run, phase: Phase, state: TrainState
+) -> tuple[Mapping[str, np.ndarray], steps.Normalize, int]:
+    """Returns what a phase trains on: images, or what the frozen start makes of them.
+
+    Returns:
+      Arrays [N, ...] of "train" and "val", what the steps apply to them first, and the first
+      segment of the network that is left to run.
+    """
+    images = {side: run.data.arrays[side].images for side in ("train", "val")}
+    prefix = frozen_prefix(run.model.segments, state.params, phase.freeze)
+    if not prefix:
+        return images, run.normalization, 0
+    names = [name for segment in run.model.segments[:prefix] for name in segment]
+    frozen = f"{names[0]} to {names[-1]} are frozen"
+    augment = run.config.data.augment
+    if augment.dihedral or augment.intensity:
+        logger.info("%s, and computed in every step, since crops change at random", frozen)
+        return images, run.normalization, 0
+    began = time.monotonic()
+    kept = keep_activations(
+        run.model,
+        state.variables,
+        prefix,
+        run.normalization,
+        images,
+        _activations(run.workdir),
+        batch_size=run.config.train.batch_size,
+        fingerprint=run.data.crop_set.manifest_sha256,
+    )
+    seconds = time.monotonic() - began
+    run.progress.activations_s += seconds
+    if kept is None:
+        logger.info("%s, and computed in every step, since the disk has no room", frozen)
+        return images, run.normalization, 0
+    size = sum(array.nbytes for array in kept.values()) / 1e6
+    logger.info("%s: computed once, in %s, and kept (%.0f MB)", frozen, duration(seconds), size)
+    return kept, _as_it_is, prefix
+
+
+def _as_it_is(activations: Any) -> Any:
+    return activations
+
+
+def _activations(workdir: Path) -> Path:
+    return workdir / "activations"
+
+
+def _optimizer(
+    config: ConfigDict, schedule: optax.Schedule, phase: Phase
+) -> optax.GradientTransformation:
+    return optim.make_optimizer(
+        schedule,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        freeze=phase.freeze,
+        multipliers=parse_multipliers(config.optim.multipliers),
+    )
+
+
+def _save(run: _Run, state: TrainState, metrics: Mapping[str, float] | None) -> None:
+    began = time.monotonic()
+    run.progress.total_s = began - run.began
+    meta = {
+        "step": int(state.step),
+        "num_steps": run.num_steps,
+        "progress": dataclasses.asdict(run.progress),
+        "normalization": run.normalization.to_dict(),
+        "seed": run.config.seed,
+        "batch_size": run.config.train.batch_size,
+        "class_names": list(run.data.crop_set.class_names),
+        "manifest_sha256": run.data.crop_set.manifest_sha256,
+        "model": run.model_args,
+        "init": run.init_record,
+    }
+    checkpoints.save(run.workdir / "checkpoints", state, meta=meta, metrics=metrics)
+    run.progress.checkpoint_s += time.monotonic() - began
 
 
 def check_crops(meta: Mapping[str, Any], crop_set: CropSet, workdir: Path) -> None:
@@ -230,17 +395,13 @@ def check_crops(meta: Mapping[str, Any], crop_set: CropSet, workdir: Path) -> No
 
 
 def _validate(
-    eval_step: steps.EvalStep,
-    state: TrainState,
-    split: SplitArrays,
-    batch_size: int,
-    rows: slice,
-    devices: jax.sharding.Mesh,
+    run: _Run, eval_step: steps.EvalStep, state: TrainState, images: np.ndarray
 ) -> dict[str, float]:
-    """Returns exact means over a split: every example once, padding never."""
+    """Returns exact means over the validation split: every example once, padding never."""
     loss, confusion = 0.0, np.zeros(())
-    for batch in eval_batches(split.images, split.labels, batch_size, rows):
-        sums = jax.device_get(eval_step(state, mesh.shard_batch(batch, devices)))
+    labels = run.data.arrays["val"].labels
+    for batch in eval_batches(images, labels, run.config.train.batch_size, run.rows):
+        sums = jax.device_get(eval_step(state, mesh.shard_batch(batch, run.devices)))
         loss += float(sums["loss"])
         confusion = confusion + sums["confusion"]
     recall = np.diag(confusion) / confusion.sum(axis=1)
@@ -251,9 +412,9 @@ def _validate(
     }
 
 
-def _class_weights(kind: str, labels: np.ndarray) -> list[float] | None:
+def _class_weights(kind: str, labels: np.ndarray) -> tuple[float, ...] | None:
     """Returns N / (K n_k) for every class k, or None for equal weights."""
     if kind == "none":
         return None
     counts = np.bincount(labels)
-    return [float(weight) for weight in counts.sum() / (len(counts) * counts)]
+    return tuple(float(weight) for weight in counts.sum() / (len(counts) * counts))

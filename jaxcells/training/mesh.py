@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.stages import Wrapped
+from jax.stages import Compiled, Wrapped
 
 from jaxcells.errors import Error
 from jaxcells.training.steps import EvalStep, PredictStep, TrainStep
@@ -159,6 +159,22 @@ def jit_predict_step(predict_step: PredictStep, mesh: Mesh) -> Wrapped:
     """Compiles a prediction step; every process can read all rows of what it returns."""
     replicated, sharded = _shardings(mesh)
     return jax.jit(predict_step, in_shardings=(replicated, sharded), out_shardings=replicated)
+
+
+def bytes_of(step: Compiled) -> int:
+    """Returns how much memory of each device a compiled step needs, by the compiler's account.
+
+    That is: arguments, results that do not take the place of arguments, and temporary arrays.
+    """
+    memory = step.memory_analysis()
+    if memory is None:
+        return 0
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def _shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:

@@ -22,9 +22,11 @@ class Progress:
       validate_s: seconds of validation.
       checkpoint_s: seconds of saving.
       compile_s: seconds of compilation.
+      activations_s: seconds of computing what the frozen start of a network makes of the crops.
       prepare_s: seconds that crops, arrays and audit took when the run began.
       total_s: seconds of all processes that worked on the run, one after another.
       images: training images seen in finished epochs.
+      step_bytes: device memory that a training step needs: state, batch and temporary arrays.
     """
 
     sums: dict[str, float] = dataclasses.field(
@@ -35,9 +37,11 @@ class Progress:
     validate_s: float = 0.0
     checkpoint_s: float = 0.0
     compile_s: float = 0.0
+    activations_s: float = 0.0
     prepare_s: float = 0.0
     total_s: float = 0.0
     images: int = 0
+    step_bytes: int = 0
 
     def finish_epoch(self) -> dict[str, Any]:
         """Returns the exact means of the epoch under way and begins the next one."""

@@ -1,0 +1,169 @@
+"""What the frozen start of a network makes of every crop: computed once, kept on disk.
+
+Where the first segments of a network are frozen and nothing random touches their input, they give
+the same output for a crop in every epoch. It is computed once for all crops and memory-mapped, and
+the steps of training and validation then run the rest of the network on it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+
+from jaxcells.data.arrays import create_array
+from jaxcells.data.loader import eval_batches
+from jaxcells.training import mesh
+from jaxcells.training.state import apply_segments
+from jaxcells.training.steps import Normalize
+
+logger = logging.getLogger("jaxcells")
+
+Images = Mapping[str, np.ndarray]
+
+
+def keep_activations(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    num_segments: int,
+    normalize: Normalize,
+    images: Images,
+    directory: Path,
+    *,
+    batch_size: int,
+    fingerprint: str,
+) -> Images | None:
+    """Computes the output of the first segments for every image, or finds it computed.
+
+    Args:
+      model: the network.
+      variables: its parameters and statistics, on the devices.
+      num_segments: how many segments to run, in evaluation mode.
+      normalize: raw images to float32 images.
+      images: arrays [N, H, W, C] by split.
+      directory: where the activations are kept; emptied of others.
+      batch_size: images at a time, over all devices.
+      fingerprint: stands for the images.
+
+    Returns:
+      Memory-mapped arrays [N, ...] by split, in the dtype of the computation; None where the disk
+      has no room for them.
+    """
+    prefix = [name for names in model.segments[:num_segments] for name in names]
+    key = _key(variables, prefix, num_segments, normalize, fingerprint)
+    devices = mesh.make_mesh()
+    run = apply_segments(model, 0, num_segments)
+
+    def forward(variables: Any, batch: Any) -> jax.Array:
+        return run(variables, normalize(batch["image"]), train=False)
+
+    # The rest of the parameters would only travel with it.
+    own = {
+        kind: {name: leaves[name] for name in prefix if name in leaves}
+        for kind, leaves in variables.items()
+    }
+    shapes = {
+        side: jax.eval_shape(
+            forward, own, {"image": jax.ShapeDtypeStruct(array.shape, array.dtype)}
+        )
+        for side, array in images.items()
+    }
+    kept = _open(directory, shapes, key)
+    if kept is not None:
+        return kept
+    size = sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
+    primary = jax.process_index() == 0
+    fits = not primary or _make_room(directory, size)
+    if jax.process_count() > 1:
+        fits = bool(multihost_utils.broadcast_one_to_all(np.asarray(fits)))
+    if not fits:
+        return None
+
+    step = mesh.jit_predict_step(forward, devices)
+    partial = directory.with_name(directory.name + ".partial")
+    for side, array in images.items():
+        shape = shapes[side]
+        stored = _as_bits(np.empty(0, shape.dtype)).dtype
+        file = create_array(partial / f"{side}.npy", shape.shape, stored) if primary else None
+        rows = mesh.local_rows(batch_size, devices)
+        labels = np.zeros(len(array), np.int32)
+        for number, batch in enumerate(eval_batches(array, labels, batch_size, rows)):
+            start = number * batch_size
+            output = step(own, mesh.shard_batch({"image": batch["image"]}, devices))
+            if file is not None:
+                stop = min(start + batch_size, len(array))
+                file[start:stop] = _as_bits(np.asarray(output))[: stop - start]
+        if file is not None:
+            file.flush()
+    if primary:
+        (partial / "key.json").write_text(json.dumps(key), encoding="utf-8")
+        partial.rename(directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("activations kept")
+    return _open(directory, shapes, key)
+
+
+def discard_activations(directory: Path) -> None:
+    """Removes what `keep_activations` left, once it is of no more use."""
+    for folder in (directory, directory.with_name(directory.name + ".partial")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(
+    variables: Mapping[str, Any],
+    prefix: list[str],
+    num_segments: int,
+    normalize: Normalize,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Returns all that the activations depend on, in short."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(dict(variables)).items()):
+        if path[1] in prefix:
+            digest.update("/".join(path).encode())
+            digest.update(np.asarray(leaf).tobytes())
+    return {
+        "segments": num_segments,
+        "variables": digest.hexdigest(),
+        "normalize": repr(normalize),
+        "images": fingerprint,
+    }
+
+
+def _open(
+    directory: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], key: Mapping[str, Any]
+) -> Images | None:
+    try:
+        if json.loads((directory / "key.json").read_text(encoding="utf-8")) != key:
+            return None
+        kept = {side: np.load(directory / f"{side}.npy", mmap_mode="r") for side in shapes}
+    except (OSError, ValueError):
+        return None
+    views = {side: array.view(shapes[side].dtype) for side, array in kept.items()}
+    same = all(views[side].shape == shapes[side].shape for side in shapes)
+    return views if same else None
+
+
+def _make_room(directory: Path, size: int) -> bool:
+    discard_activations(directory)
+    partial = directory.with_name(directory.name + ".partial")
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    logger.info("%.1f GB of activations for %.1f GB of free disk", size / 1e9, free / 1e9)
+    # Checkpoints and figures need some of it, too.
+    return size < 0.8 * free
+
+
+def _as_bits(array: np.ndarray) -> np.ndarray:
+    """Returns bfloat16 as uint16, since NumPy's file format knows no bfloat16."""
+    return array if array.dtype.isbuiltin else array.view(np.uint16)
