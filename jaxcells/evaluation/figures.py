@@ -20,7 +20,6 @@ _STYLE = {
     "train": {"color": "#0072B2", "linestyle": "--", "label": "train"},
     "val": {"color": "#D55E00", "linestyle": "-", "label": "validation"},
 }
-_DPI = 150
 # Class names come from folders: "$" and "_" in them are letters, not formulas.
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 # Colours of the channels, by their number; magenta and green, as red and green look alike to many.
@@ -40,7 +39,7 @@ def plot_curves(
       best_step: the step of the chosen checkpoint, marked on the validation curve; None marks the
         epoch of the highest validation accuracy, of equal ones that of the lowest loss.
     """
-    curves = {split: _curve(records, split) for split in _STYLE}
+    curves = {split: epoch_curve(records, split) for split in _STYLE}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, key, title in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy"), strict=True
@@ -55,7 +54,7 @@ def plot_curves(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confusion(
@@ -96,7 +95,7 @@ def plot_confusion(
     axes.tick_params(length=0)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(title, **_LITERAL)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_crops_sheet(
@@ -136,7 +135,7 @@ def plot_crops_sheet(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, **_LITERAL)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_examples(
@@ -164,8 +163,22 @@ def plot_examples(
     plot_crops_sheet(rows, path, title="training crops")
 
 
-def _curve(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, npt.NDArray[np.float64]]:
-    """Columns epoch, step, loss and accuracy of one split, one row per epoch."""
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a PNG that is either whole or not there; print wants a `dpi` of 300."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def epoch_curve(
+    records: Sequence[Mapping[str, Any]], split: str, keys: Sequence[str] = ("loss", "accuracy")
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Columns epoch, step and `keys` of one split of metrics.jsonl, one row per epoch."""
     by_step = {record["step"]: record for record in records if record["split"] == split}
     by_epoch: dict[float, list[Mapping[str, Any]]] = {}
     for _, record in sorted(by_step.items()):
@@ -176,7 +189,7 @@ def _curve(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, npt.ND
         "step": np.array([by_epoch[epoch][-1]["step"] for epoch in epochs], float),
         **{
             key: np.array([np.mean([r[key] for r in by_epoch[epoch]]) for epoch in epochs], float)
-            for key in ("loss", "accuracy")
+            for key in keys
         },
     }
 
@@ -213,15 +226,3 @@ def _percent(share: float) -> str:
     if 0.99 < share < 1:
         return ">99 %"
     return "<1 %" if share < 0.01 else f"{100 * share:.0f} %"
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG that is either whole or not there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure)
-        figure.savefig(temporary, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.1)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -71,8 +71,8 @@ def classification_metrics(
         raise ValueError(f"{units.shape} groups for {num_crops} crops")
 
     confusion = confusion_matrix(labels, probabilities.argmax(axis=1), num_classes)
-    correct, support = _per_unit(labels, probabilities.argmax(axis=1) == labels, units, num_classes)
-    intervals, note = _intervals(correct, support, class_names, num_bootstrap, seed)
+    correct, support = per_unit(labels, probabilities.argmax(axis=1) == labels, units, num_classes)
+    intervals, note = accuracy_intervals(correct, support, class_names, num_bootstrap, seed)
     likelihood = probabilities[np.arange(num_crops), labels]
     return {
         "accuracy": float(np.trace(confusion) / num_crops),
@@ -148,6 +148,100 @@ def shortened(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}…{text[-tail:]}"
 
 
+def per_unit(
+    labels: npt.NDArray[np.int64],
+    hits: npt.NDArray[np.bool_],
+    units: npt.NDArray[Any],
+    num_classes: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Crops classified rightly [U, K] and crops [U, K] of every unit, by true class.
+
+    This is all of a unit's confusion matrix that accuracy and balanced accuracy depend on.
+    """
+    names, index = np.unique(units, return_inverse=True)
+    cells, size = index * num_classes + labels, len(names) * num_classes
+    return (
+        np.bincount(cells[hits], minlength=size).reshape(-1, num_classes),
+        np.bincount(cells, minlength=size).reshape(-1, num_classes),
+    )
+
+
+def accuracy_intervals(
+    correct: npt.NDArray[Any],
+    support: npt.NDArray[np.int64],
+    class_names: Sequence[str],
+    num_bootstrap: int,
+    seed: int,
+) -> tuple[dict[str, list[float | None]], str | None]:
+    """`interval_95` and `interval_note` of `classification_metrics`.
+
+    Args:
+      correct: [U, K], crops of every unit that are classified rightly, by true class; the mean
+        over several networks if it is not whole.
+      support: [U, K], crops of every unit.
+      class_names: the K names.
+      num_bootstrap: number of replicates.
+      seed: of the replicates.
+    """
+    fewest = _fewest_units(support)
+    if fewest == 1 or (correct != support).any():
+        return bootstrap_intervals(correct, support, class_names, num_bootstrap, seed)
+    num_units = fewest * len(np.unique(_strata(support)))
+    lower = ((1 - _LEVEL) / 2) ** (1 / num_units)
+    note = (
+        f"no crop is wrong: the lower bounds are the exact binomial ones of {num_units} "
+        "independent fields (groups) without an error"
+    )
+    intervals: dict[str, list[float | None]] = {
+        "accuracy": [lower, 1.0],
+        "balanced_accuracy": [lower, 1.0],
+    }
+    return intervals, _joined(_note_of_few_units(support, class_names), note)
+
+
+def bootstrap_intervals(
+    values: npt.NDArray[Any],
+    support: npt.NDArray[np.int64],
+    class_names: Sequence[str],
+    num_bootstrap: int,
+    seed: int,
+) -> tuple[dict[str, list[float | None]], str | None]:
+    """Percentile intervals of a mean over crops and of its mean over classes, and a note.
+
+    Args:
+      values: [U, K], the sum over a unit's crops of each class of what is averaged: hits for an
+        accuracy; hits of one network less those of another for a paired difference.
+      support: [U, K], crops of every unit.
+      class_names: the K names.
+      num_bootstrap: number of replicates.
+      seed: of the replicates.
+
+    Returns:
+      {accuracy, balanced_accuracy: [low, high]}, [None, None] where a class has a single unit; and
+      None or why the intervals deserve less trust than usual.
+    """
+    few = _note_of_few_units(support, class_names)
+    if _fewest_units(support) == 1:
+        return {"accuracy": [None, None], "balanced_accuracy": [None, None]}, few
+    present = support.any(axis=0)
+    values, support, repeats = _kinds(values, support)
+    weights = _weights(support, repeats, num_bootstrap, seed)
+    totals, counts = weights @ values, weights @ support
+    whole = (counts[:, present] > 0).all(axis=1)
+    means = totals[:, present][whole] / counts[:, present][whole]
+    intervals = {
+        "accuracy": _percentiles(totals.sum(axis=1) / counts.sum(axis=1)),
+        "balanced_accuracy": _percentiles(means.mean(axis=1)),
+    }
+    left_out = None
+    if not whole.all():
+        left_out = (
+            f"{(~whole).sum()} of {num_bootstrap} bootstrap replicates lacked a class and "
+            "are left out of the interval of balanced accuracy"
+        )
+    return intervals, _joined(few, left_out)
+
+
 def _checked(
     probabilities: npt.ArrayLike, labels: npt.ArrayLike, num_classes: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
@@ -182,67 +276,6 @@ def _per_class(
     return rows
 
 
-def _per_unit(
-    labels: npt.NDArray[np.int64],
-    hits: npt.NDArray[np.bool_],
-    units: npt.NDArray[Any],
-    num_classes: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Crops classified rightly [U, K] and crops [U, K] of every unit, by true class.
-
-    This is all of a unit's confusion matrix that accuracy and balanced accuracy depend on.
-    """
-    names, index = np.unique(units, return_inverse=True)
-    cells, size = index * num_classes + labels, len(names) * num_classes
-    return (
-        np.bincount(cells[hits], minlength=size).reshape(-1, num_classes),
-        np.bincount(cells, minlength=size).reshape(-1, num_classes),
-    )
-
-
-def _intervals(
-    correct: npt.NDArray[np.int64],
-    support: npt.NDArray[np.int64],
-    class_names: Sequence[str],
-    num_bootstrap: int,
-    seed: int,
-) -> tuple[dict[str, list[float | None]], str | None]:
-    """`interval_95` and `interval_note` from the tables [U, K] of `_per_unit`."""
-    units_of = (support > 0).sum(axis=0)
-    fewest = int(units_of[units_of > 0].min())
-    notes = []
-    if fewest < _FEW_UNITS:
-        trust = "no interval can be given" if fewest == 1 else "the intervals cannot be trusted"
-        notes.append(f"{_few_units(units_of, class_names)}: {trust}")
-
-    accuracy: list[float | None]
-    balanced: list[float | None]
-    if fewest == 1:
-        accuracy = balanced = [None, None]
-    elif (correct == support).all():
-        num_units = fewest * len(np.unique(_strata(support)))
-        accuracy = balanced = [((1 - _LEVEL) / 2) ** (1 / num_units), 1.0]
-        notes.append(
-            f"no crop is wrong: the lower bounds are the exact binomial ones of {num_units} "
-            "independent fields (groups) without an error"
-        )
-    else:
-        correct, support, repeats = _kinds(correct, support)
-        weights = _weights(support, repeats, num_bootstrap, seed)
-        hits, counts = weights @ correct, weights @ support
-        counts_present, hits_present = counts[:, units_of > 0], hits[:, units_of > 0]
-        whole = (counts_present > 0).all(axis=1)
-        accuracy = _percentiles(hits.sum(axis=1) / counts.sum(axis=1))
-        balanced = _percentiles((hits_present[whole] / counts_present[whole]).mean(axis=1))
-        if not whole.all():
-            notes.append(
-                f"{(~whole).sum()} of {num_bootstrap} bootstrap replicates lacked a class and "
-                "are left out of the interval of balanced accuracy"
-            )
-    intervals = {"accuracy": list(accuracy), "balanced_accuracy": list(balanced)}
-    return intervals, "; ".join(notes) or None
-
-
 def _strata(support: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The stratum [U] of every unit: its class, or 0 for all if any unit has several classes."""
     if ((support > 0).sum(axis=1) > 1).any():
@@ -251,15 +284,15 @@ def _strata(support: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _kinds(
-    correct: npt.NDArray[np.int64], support: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The distinct rows of correct and support [U, K], [M, K] each, and how often each occurs [M].
+    values: npt.NDArray[Any], support: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The distinct rows of values and support [U, K], [M, K] each, and how often each occurs [M].
 
     Drawing kinds by their frequency is drawing units; M stays small when every crop is a unit.
     """
-    rows, repeats = np.unique(np.hstack([correct, support]), axis=0, return_counts=True)
-    correct, support = np.hsplit(rows, 2)
-    return correct, support, repeats
+    rows, repeats = np.unique(np.hstack([values, support]), axis=0, return_counts=True)
+    values, support = np.hsplit(rows, 2)
+    return values, support, repeats
 
 
 def _weights(
@@ -284,11 +317,24 @@ def _percentiles(replicates: npt.NDArray[np.float64]) -> list[float | None]:
     return [float(q) for q in np.quantile(replicates, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])]
 
 
-def _few_units(units_of: npt.NDArray[np.int64], class_names: Sequence[str]) -> str:
-    few = sorted((int(n), name) for n, name in zip(units_of, class_names, strict=True) if n)
-    few = [(n, name) for n, name in few if n < _FEW_UNITS]
+def _fewest_units(support: npt.NDArray[np.int64]) -> int:
+    units_of = (support > 0).sum(axis=0)
+    return int(units_of[units_of > 0].min())
+
+
+def _note_of_few_units(support: npt.NDArray[np.int64], class_names: Sequence[str]) -> str | None:
+    counts = zip((support > 0).sum(axis=0), class_names, strict=True)
+    few = sorted((int(n), name) for n, name in counts if 0 < n < _FEW_UNITS)
+    if not few:
+        return None
     listed = few if len(few) <= 4 else few[:3]
     shown = ", ".join(f"{n} of {name!r}" for n, name in listed)
     rest = len(few) - len(listed)
     more = f" and fewer than {_FEW_UNITS} of {rest} other classes" if rest else ""
-    return f"too few independent fields (groups) in this split ({shown}{more})"
+    alone = few[0][0] == 1
+    trust = "no interval can be given" if alone else "the intervals cannot be trusted"
+    return f"too few independent fields (groups) in this split ({shown}{more}): {trust}"
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(filter(None, notes)) or None

@@ -14,7 +14,7 @@ from jaxcells.evaluation.figures import plot_confusion, plot_crops_sheet, plot_c
 def drawn(monkeypatch):
     """The axes of the figure that was drawn last, in place of a file."""
     last = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: last.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: last.append(figure))
     return lambda: last[-1].axes
 
 
@@ -103,8 +103,8 @@ def test_confusion_keeps_both_ends_of_long_names(drawn):
 @pytest.mark.parametrize("num_classes", [2, 30])
 def test_confusion_cells_hold_their_text(num_classes, tmp_path, monkeypatch):
     kept = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda f, path: (kept.append(f), save(f, path)))
+    save = figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda f, path: (kept.append(f), save(f, path)))
     confusion = np.full((num_classes, num_classes), 9999)
     plot_confusion(confusion, [f"cell line {k}" for k in range(num_classes)], tmp_path / "c.png")
     (axes,) = kept[0].axes

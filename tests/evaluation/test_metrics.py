@@ -133,7 +133,7 @@ def test_interval_of_resembling_crops_is_wider():
 
 def naive_intervals(labels, hits, units, num_bootstrap, seed):
     """The same draws, one replicate and one kind of unit after the other."""
-    correct, support = metrics_module._per_unit(labels, hits, units, 3)
+    correct, support = metrics_module.per_unit(labels, hits, units, 3)
     correct, support, repeats = metrics_module._kinds(correct, support)
     accuracies, balanced = [], []
     for weights in metrics_module._weights(support, repeats, num_bootstrap, seed):
