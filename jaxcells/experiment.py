@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxcells.config import data_source, differences
+from jaxcells.config import data_source, differences, parse_multipliers
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.crop_set import open_crop_set, verify_pixels
 from jaxcells.data.fields import SIDES
@@ -28,9 +28,11 @@ from jaxcells.evaluation.evaluate import (
 from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
 from jaxcells.evaluation.metrics import summary_table
 from jaxcells.logs import duration, read_metrics
+from jaxcells.models import create_model
 from jaxcells.prepare import PreparedData, prepare_crops, prepare_data
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import Which, list_steps
+from jaxcells.training.freeze import check_patterns
 from jaxcells.training.initialization import (
     Initialization,
     check_no_leak,
@@ -61,7 +63,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Results:
       Error: anything a user can mend.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
-    start = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
     # Of several processes the first one keeps the workdir for all.
     with lock_workdir(workdir) if _is_primary() else contextlib.nullcontext():
@@ -78,28 +79,58 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Results:
         note = mesh.accelerator_note()
         if note:
             logger.warning("%s", note)
-        started = bool(list_steps(workdir / "checkpoints"))
-        init = Initialization("random")
-        if not started:
-            init = find_initialization(
-                config.init,
-                config.model.name,
-                random_if_missing=data_source(config) == "sample",
-            )
-        data = _prepare_together(config, workdir)
+        init = find_start(config, workdir)
+        data = prepare_together(config, workdir)
         data.audit.raise_errors()
-        check_no_leak(init, data.crop_set)
-        if _is_primary():
-            write_json(workdir / "config.json", config.to_dict())
-            environment = {**describe_environment(), "devices": mesh.describe_devices()}
-            write_json(workdir / "environment.json", environment)
-
-        progress = train(config, workdir, data, init, start=start)
-        results = _evaluate_finished(config, workdir, data, progress)
+        progress = train_run(config, workdir, data, init)
+        results = open_test_split(config, workdir, data, progress)
         if _is_primary():
             print(_summary(results))
             logger.info("results, figures and predictions are in %s", workdir)
         return results
+
+
+def find_start(config: ConfigDict, workdir: Path) -> Initialization:
+    """Checks what the network and `init` of a config need, before anything expensive.
+
+    Returns:
+      Where the first parameters come from, fetched; of no meaning to a run that has checkpoints.
+
+    Raises:
+      Error: weights that cannot be had, or expressions that match no parameter.
+    """
+    model = create_model(**config.model, num_classes=2)
+    inputs = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
+    check_patterns(
+        config.optim.freeze, parse_multipliers(config.optim.multipliers), shapes["params"]
+    )
+    if list_steps(workdir / "checkpoints"):
+        return Initialization("random")
+    return find_initialization(
+        config.init,
+        config.model.name,
+        random_if_missing=data_source(config) == "sample",
+        conv1=config.init_conv1,
+    )
+
+
+def train_run(
+    config: ConfigDict, workdir: Path, data: PreparedData, init: Initialization
+) -> Progress:
+    """Trains a run to its last epoch, or finds it trained. The test split is not touched.
+
+    Raises:
+      Error: anything a user can mend.
+      Interrupted: SIGTERM or Ctrl-C during training, after saving.
+    """
+    start = time.monotonic() - data.seconds
+    check_no_leak(init, data.crop_set)
+    if _is_primary():
+        write_json(workdir / "config.json", config.to_dict())
+        environment = {**describe_environment(), "devices": mesh.describe_devices()}
+        write_json(workdir / "environment.json", environment)
+    return train(config, workdir, data, init, start=start)
 
 
 def evaluate(workdir: Path, *, split: str, which: Which) -> Results:
@@ -157,7 +188,7 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
             )
 
 
-def _prepare_together(config: ConfigDict, workdir: Path) -> PreparedData:
+def prepare_together(config: ConfigDict, workdir: Path) -> PreparedData:
     """Lets one process write what all then read; the folder must be one that all see."""
     if jax.process_count() == 1:
         return prepare_data(config, workdir)
@@ -166,9 +197,20 @@ def _prepare_together(config: ConfigDict, workdir: Path) -> PreparedData:
     return data or prepare_data(config, workdir)
 
 
-def _evaluate_finished(
+def open_test_split(
     config: ConfigDict, workdir: Path, data: PreparedData, progress: Progress
 ) -> Results:
+    """Opens the test split for the best checkpoint of a trained run, once, and writes the results.
+
+    Args:
+      config: the run's.
+      workdir: the run's folder.
+      data: the crops that it was trained on.
+      progress: what `train_run` returned.
+
+    Returns:
+      What is in results.json.
+    """
     start = time.monotonic()
     network = load_network(workdir, "best")
     opened = write_history(workdir, "train", "test", network.step) if _is_primary() else 0
@@ -224,6 +266,7 @@ def _evaluate_finished(
         "timing": {
             "crop_s": progress.prepare_s,
             "compile_s": progress.compile_s + sum(s["compile_s"] for s in seconds.values()),
+            "activations_s": progress.activations_s,
             "train_s": progress.train_s,
             "validate_s": progress.validate_s,
             "checkpoint_s": progress.checkpoint_s,
@@ -232,6 +275,7 @@ def _evaluate_finished(
             "train_images_per_second": progress.images / progress.train_s,
             "eval_images_per_second": num_evaluated / evaluate_s,
         },
+        "memory": {"train_step_bytes": progress.step_bytes},
         "best_step": network.step,
         "num_steps": meta["num_steps"],
         "num_epochs": config.train.num_epochs,

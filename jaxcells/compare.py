@@ -1,0 +1,340 @@
+"""Several experiments on one crop set: trained, one chosen by validation, then tested.
+
+The order is the evidence: every experiment is trained and predicts the validation split; the rule
+chooses and compare/choice.json is written; only then is the test split opened, of any of them.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import gc
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcells.config import Experiment
+from jaxcells.data.arrays import SplitArrays
+from jaxcells.environment import describe_environment
+from jaxcells.errors import Error
+from jaxcells.evaluation.comparison import Choice, choose, compare_with, split_figures
+from jaxcells.evaluation.comparison_figures import (
+    plot_accuracy_against_time,
+    plot_curves_together,
+)
+from jaxcells.evaluation.comparison_table import (
+    Row,
+    table_markdown,
+    table_text,
+    write_table_csv,
+)
+from jaxcells.evaluation.evaluate import load_network, predict_split, write_predictions
+from jaxcells.experiment import (
+    Results,
+    check_config,
+    find_start,
+    open_test_split,
+    prepare_together,
+    train_run,
+)
+from jaxcells.logs import read_metrics
+from jaxcells.models import create_model
+from jaxcells.models.summary import summarize, totals
+from jaxcells.prepare import PreparedData
+from jaxcells.training import mesh
+from jaxcells.training.initialization import Initialization
+from jaxcells.training.meter import Progress
+from jaxcells.training.signals import Interrupted
+from jaxcells.workdir import lock_workdir, read_json, write_json
+
+logger = logging.getLogger("jaxcells")
+
+Failures = dict[str, str]
+
+
+def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) -> None:
+    """Trains, chooses, tests, and writes compare/ in the workdir.
+
+    The same call resumes a comparison that was stopped, at the experiment and step where it was;
+    what is finished is not trained again. An experiment that fails is reported, and the others go
+    on.
+
+    Args:
+      base: the config of the crops.
+      experiments: what to train.
+      workdir: the comparison's folder; every run gets one below it.
+
+    Raises:
+      Error: nothing could be trained; or, when all else is done, an experiment failed.
+      Interrupted: SIGTERM or Ctrl-C during training, after saving.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with lock_workdir(workdir) if _is_primary() else contextlib.nullcontext():
+        folders = {e.label: workdir / "experiments" / e.label for e in experiments}
+        failures: Failures = {}
+        starts = _for_each(experiments, failures, lambda e: _find_start(e.config, folders[e.label]))
+        if not starts:
+            raise Error(_failed(failures))
+        note = mesh.accelerator_note()
+        if note:
+            logger.warning("%s", note)
+        data = prepare_together(base, workdir)
+        data.audit.raise_errors()
+        if _is_primary():
+            write_json(workdir / "config.json", base.to_dict())
+            environment = {**describe_environment(), "devices": mesh.describe_devices()}
+            write_json(workdir / "environment.json", environment)
+
+        def train(experiment: Experiment) -> tuple[Progress, np.ndarray]:
+            number = experiments.index(experiment) + 1
+            logger.info("experiment %d of %d: %s", number, len(experiments), experiment.label)
+            folder = folders[experiment.label]
+            _share_crops(workdir, folder)
+            progress = train_run(experiment.config, folder, data, starts[experiment.label])
+            return progress, _validation_predictions(folder, data)
+
+        trained = _for_each([e for e in experiments if e.label in starts], failures, train)
+        if not trained:
+            raise Error(_failed(failures))
+        done = [e for e in experiments if e.label in trained]
+        choice = _choose(done, trained, data, base.seed)
+        if _is_primary():
+            (workdir / "compare").mkdir(exist_ok=True)
+            write_json(workdir / "compare" / "choice.json", choice.to_dict())
+        logger.info("chosen by validation: %s; now the test split is opened", choice.chosen)
+
+        def test(experiment: Experiment) -> Results:
+            folder = folders[experiment.label]
+            if (folder / "results.json").exists():
+                return read_json(folder / "results.json")
+            return open_test_split(experiment.config, folder, data, trained[experiment.label][0])
+
+        tested = _for_each(done, failures, test)
+        if _is_primary():
+            _report(workdir, base, experiments, folders, trained, tested, choice, failures, data)
+        if failures:
+            raise Error(_failed(failures))
+
+
+def _for_each(
+    experiments: Sequence[Experiment],
+    failures: Failures,
+    do: Callable[[Experiment], Any],
+) -> dict[str, Any]:
+    """Returns what `do` gives, by label; what it raises becomes a failure, and the rest goes on."""
+    done = {}
+    for experiment in experiments:
+        try:
+            done[experiment.label] = do(experiment)
+        except Interrupted:
+            raise
+        except Error as error:
+            failures[experiment.label] = str(error)
+            logger.warning("%s failed: %s", experiment.label, error)
+        except Exception as error:  # one that runs out of memory must not cost the others
+            failures[experiment.label] = f"{type(error).__name__}: {error}"
+            logger.exception("%s failed", experiment.label)
+        # Tracebacks keep arrays alive in circles.
+        gc.collect()
+    return done
+
+
+def _find_start(config: ConfigDict, folder: Path) -> Initialization:
+    check_config(config, folder)
+    return find_start(config, folder)
+
+
+def _share_crops(workdir: Path, folder: Path) -> None:
+    """Lets a run's folder stand for itself, for `evaluate` and all else that reads one."""
+    if not _is_primary():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("crops", "arrays"):
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(workdir / name, folder), target_is_directory=True)
+
+
+def _validation_predictions(folder: Path, data: PreparedData) -> np.ndarray:
+    """Returns the predicted classes, int [N], of the best checkpoint; kept as a table."""
+    path, split = folder / "predictions_val.csv", data.arrays["val"]
+    if not path.exists():
+        network = load_network(folder, "best")
+        probabilities, _ = predict_split(network, split, network.meta["batch_size"])
+        if _is_primary():
+            write_predictions(path, split.records, probabilities, network.class_names)
+        return probabilities.argmax(axis=1)
+    return _read_predictions(path, split, data.crop_set.class_names)
+
+
+def _read_predictions(path: Path, split: SplitArrays, class_names: Sequence[str]) -> np.ndarray:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    if [row["path"] for row in rows] != [record.crop for record in split.records]:
+        raise Error(f"{path}: of other crops, or damaged; delete it to predict again")
+    label = {name: number for number, name in enumerate(class_names)}
+    return np.array([label[row["prediction"]] for row in rows])
+
+
+def _choose(
+    done: Sequence[Experiment],
+    trained: Mapping[str, tuple[Progress, np.ndarray]],
+    data: PreparedData,
+    seed: int,
+) -> Choice:
+    split = data.arrays["val"]
+    progress = {label: progress for label, (progress, _) in trained.items()}
+    return choose(
+        _by_name(done, {label: predicted for label, (_, predicted) in trained.items()}),
+        split.labels,
+        split.groups,
+        {name: _mean(done, name, lambda e: progress[e.label].train_s) for name in _names(done)},
+        class_names=data.crop_set.class_names,
+        seed=seed,
+    )
+
+
+def _names(experiments: Sequence[Experiment]) -> list[str]:
+    return list(dict.fromkeys(experiment.name for experiment in experiments))
+
+
+def _by_name(experiments: Sequence[Experiment], predictions: Mapping[str, Any]) -> dict[str, Any]:
+    """Stacks predictions [N] of the seeds of every experiment that has any: int [S, N]."""
+    stacked = {
+        name: [
+            predictions[e.label] for e in experiments if e.name == name and e.label in predictions
+        ]
+        for name in _names(experiments)
+    }
+    return {name: np.stack(rows) for name, rows in stacked.items() if rows}
+
+
+def _mean(
+    experiments: Sequence[Experiment], name: str, value: Callable[[Experiment], float]
+) -> float:
+    return float(np.mean([value(e) for e in experiments if e.name == name]))
+
+
+def _report(
+    workdir: Path,
+    base: ConfigDict,
+    experiments: Sequence[Experiment],
+    folders: Mapping[str, Path],
+    trained: Mapping[str, tuple[Progress, np.ndarray]],
+    tested: Mapping[str, Results],
+    choice: Choice,
+    failures: Failures,
+    data: PreparedData,
+) -> None:
+    """Writes the table, the figures and compare.json, and prints the table."""
+    directory, class_names = workdir / "compare", data.crop_set.class_names
+    done = [e for e in experiments if e.label in tested]
+    predictions = {
+        "validation": _by_name(
+            done, {label: predicted for label, (_, predicted) in trained.items()}
+        ),
+        "test": _by_name(
+            done,
+            {
+                e.label: _read_predictions(
+                    folders[e.label] / "predictions_test.csv", data.arrays["test"], class_names
+                )
+                for e in done
+            },
+        ),
+    }
+
+    def figures(split: str, name: str) -> dict[str, Any]:
+        arrays = data.arrays["val" if split == "validation" else split]
+        return split_figures(
+            predictions[split][name],
+            arrays.labels,
+            arrays.groups,
+            class_names=class_names,
+            seed=base.seed,
+        )
+
+    def row(name: str) -> Row:
+        mine = [e for e in done if e.name == name]
+        failed = [
+            f"seed {e.seed}: {failures[e.label]}"
+            for e in experiments
+            if e.name == name and e.label in failures
+        ]
+        if not mine:
+            return Row(name, failure="; ".join(failed))
+        timing = {e.label: tested[e.label]["timing"] for e in mine}
+        shape = data.arrays["train"].images.shape[1:]
+        model = create_model(**tested[mine[0].label]["model"])
+        channels = 3 if shape[-1] == 1 else shape[-1]
+        parameters, multiply_adds = totals(summarize(model, (*shape[:2], channels)))
+
+        def mean(key: str) -> float:
+            return _mean(mine, name, lambda e: timing[e.label][key])
+
+        return Row(
+            name,
+            seeds=tuple(e.seed for e in mine),
+            validation=figures("validation", name),
+            test=figures("test", name),
+            parameters=parameters,
+            multiply_adds=multiply_adds,
+            train_s=mean("train_s"),
+            epoch_s=mean("train_s") / mine[0].config.train.num_epochs,
+            train_images_per_second=mean("train_images_per_second"),
+            eval_images_per_second=mean("eval_images_per_second"),
+            step_memory_bytes=max(tested[e.label]["memory"]["train_step_bytes"] for e in mine),
+            chosen=name == choice.chosen,
+            failure="; ".join(failed) or None,
+        )
+
+    rows = [row(name) for name in _names(experiments)]
+    comparisons = {}
+    if choice.chosen in predictions["test"]:
+        comparisons = compare_with(
+            choice.chosen,
+            predictions["test"],
+            data.arrays["test"].labels,
+            data.arrays["test"].groups,
+            class_names=class_names,
+            seed=base.seed,
+        )
+    write_table_csv(directory / "table.csv", rows)
+    markdown = table_markdown(rows, choice, comparisons)
+    (directory / "table.md").write_text(markdown, encoding="utf-8")
+    plot_accuracy_against_time(rows, directory / "accuracy_against_time.png")
+    plot_curves_together(
+        {
+            name: [read_metrics(folders[e.label] / "metrics.jsonl") for e in done if e.name == name]
+            for name in _names(done)
+        },
+        directory / "curves.png",
+    )
+    write_json(
+        directory / "compare.json",
+        {
+            "choice": choice.to_dict(),
+            "experiments": [dataclasses.asdict(row) for row in rows],
+            "test_comparisons": {"chosen": choice.chosen, "with": comparisons},
+            "folders": {label: os.path.relpath(path, workdir) for label, path in folders.items()},
+            "failures": failures,
+            "init": {label: results["init"] for label, results in tested.items()},
+            "environment": read_json(workdir / "environment.json"),
+        },
+    )
+    print(table_text(rows, choice, comparisons))
+    logger.info("tables and figures are in %s", directory)
+
+
+def _failed(failures: Failures) -> str:
+    listed = "; ".join(f"{label}: {' '.join(text.split())}" for label, text in failures.items())
+    return f"{len(failures)} of the trainings failed ({listed}); the same command tries them again"
+
+
+def _is_primary() -> bool:
+    return jax.process_index() == 0
