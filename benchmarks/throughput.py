@@ -198,24 +198,47 @@ def report(args: argparse.Namespace, rates: dict[str, dict[str, np.ndarray]], lo
         cells = (f"{np.median(r):.2f} ({r.min():.2f}–{r.max():.2f})" for r in ratios)
         rows.append(f"| ours / {name} | " + " | ".join(cells) + " |")
     size = args.image_size
-    packages = ("jax", "jaxlib", "flax", "torch", "torchvision")
-    versions = [f"{package} {v}" for package in packages if (v := _version(package))]
     return "\n".join(
         [
             "",
             f"## {args.model}, batch {args.batch_size}, {size}x{size}, {args.dtype}",
             "",
-            f"{datetime.date.today()} · {_describe_device()} · {os.cpu_count()} threads, load "
-            f"{load:.1f} before the start · medians of {args.rounds} rounds of {args.steps} steps",
+            *circumstances("benchmarks.throughput", load),
             "",
-            f"Python {platform.python_version()}, {', '.join(versions)}",
-            "",
-            f"    {shlex.join(['python', '-m', 'benchmarks.throughput', *sys.argv[1:]])}",
+            f"Medians of {args.rounds} rounds of {args.steps} steps.",
             "",
             *rows,
             "",
         ]
     )
+
+
+def circumstances(module: str, load: float) -> list[str]:
+    """Returns what a figure is worth nothing without: date, device, load, versions, command."""
+    packages = ("jax", "jaxlib", "flax", "torch", "torchvision")
+    versions = [f"{package} {v}" for package in packages if (v := _version(package))]
+    return [
+        f"{datetime.date.today()} · {_describe_device()} · {os.cpu_count()} threads, load "
+        f"{load:.1f} before the start",
+        "",
+        f"Python {platform.python_version()}, {', '.join(versions)}",
+        "",
+        f"    {shlex.join(['python', '-m', module, *sys.argv[1:]])}",
+    ]
+
+
+def append_to_results(section: str) -> None:
+    """Prints a section and adds it to RESULTS.md."""
+    print(section)
+    if not _RESULTS.exists():
+        _RESULTS.write_text(_INTRODUCTION, encoding="utf-8")
+    with _RESULTS.open("a", encoding="utf-8") as file:
+        file.write(section)
+
+
+def load_before() -> float:
+    """Returns how busy others keep the CPU."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def _version(package: str) -> str | None:
@@ -255,14 +278,9 @@ def main() -> None:
         "label": rng.integers(0, _NUM_CLASSES, args.batch_size, np.int32),
         "mask": np.ones(args.batch_size, np.float32),
     }
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    load = load_before()
     rates = measure(list(contestants(args, batch)), args.batch_size, args.rounds, args.steps)
-    section = report(args, rates, load)
-    print(section)
-    if not _RESULTS.exists():
-        _RESULTS.write_text(_INTRODUCTION, encoding="utf-8")
-    with _RESULTS.open("a", encoding="utf-8") as file:
-        file.write(section)
+    append_to_results(report(args, rates, load))
 
 
 if __name__ == "__main__":

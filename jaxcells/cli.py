@@ -1,16 +1,18 @@
 """The command line: flags and verbs, one call a verb, expected errors as one clear line."""
 
+import contextlib
 import errno
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxcells.config import validate
+from jaxcells.config import expand_comparison, validate
 from jaxcells.errors import Error
 from jaxcells.evaluation.figures import plot_examples
 from jaxcells.logs import set_up_logging
@@ -27,10 +29,14 @@ jaxcells: from folders of microscope images, one per cell line, to a tested clas
 verbs
   train      make crops, train, test the best checkpoint once (the default);
              the same command resumes a run that was stopped
+  compare    train several networks on the same crops, choose one, test them
   crop       make the crops and their manifest only
   check      make or verify the crops, and audit them for leaks
   evaluate   figures of a trained workdir; --split=train|val|test (default val),
              --checkpoint=best|latest|STEP (default best); --workdir is enough
+  export     `export weights --workdir FOLDER [--output FILE]`: for torchvision, timm
+  describe   the network as a table of layers and a drawing
+  gradients  gradient norms by depth: plain, residual, pre-activation
 
 examples
   python launch.py --config configs/demo.py
@@ -47,7 +53,8 @@ _FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment: a file that defines get_config().")
 flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.")
 flags.DEFINE_string("split", "val", "For evaluate: train, val or test.")
-flags.DEFINE_string("checkpoint", "best", "For evaluate: best, latest or a step.")
+flags.DEFINE_string("checkpoint", "best", "For evaluate and export: best, latest or a step.")
+flags.DEFINE_string("output", None, "For export: the file; default FOLDER/weights.safetensors.")
 
 
 def run() -> None:
@@ -84,12 +91,13 @@ def _run() -> int:
 
 def _dispatch(argv: Sequence[str]) -> None:
     verb = _parse(argv)
-    if verb == "evaluate":
-        _evaluate()
+    if verb in _WORKDIR_VERBS:
+        _WORKDIR_VERBS[verb]()
         return
     config = _config()
-    validate(config)
-    _VERBS[verb](config, _workdir())
+    if verb != "compare":  # whose config is one of several experiments
+        validate(config)
+    _CONFIG_VERBS[verb](config, _workdir())
 
 
 def _parse(argv: Sequence[str]) -> str:
@@ -115,11 +123,16 @@ def _parse(argv: Sequence[str]) -> str:
                 "--config: the file defines no get_config(); see configs/default.py"
             ) from error
         raise Error(f"unknown key in --config.KEY=VALUE: {text}; see configs/default.py") from error
-    verbs = [*_VERBS, "evaluate"]
-    if len(rest) > 1 or (rest and rest[0] not in verbs):
-        odd = rest[1] if rest[0] in verbs else rest[0]
+    verb, *rest = rest or ["train"]
+    if verb == "export" and rest[:1] == ["weights"]:
+        rest = rest[1:]
+    elif verb == "export":
+        raise Error("export what? say `export weights`; see --help")
+    verbs = [*_CONFIG_VERBS, *_WORKDIR_VERBS]
+    if verb not in verbs or rest:
+        odd = rest[0] if verb in verbs else verb
         raise Error(f"{odd!r} is not understood; the verbs are {', '.join(verbs)}; see --help")
-    return rest[0] if rest else "train"
+    return verb
 
 
 def _config() -> ConfigDict:
@@ -139,20 +152,49 @@ def _workdir() -> Path:
 
 
 def _train(config: ConfigDict, workdir: Path) -> None:
+    with _training():
+        from jaxcells.experiment import train_and_evaluate
+
+        train_and_evaluate(config, workdir)
+
+
+def _compare(config: ConfigDict, workdir: Path) -> None:
+    folder = Path(_FLAGS["config"].config_filename).resolve().parent
+    base, experiments = expand_comparison(config, folder)
+    with _training():
+        from jaxcells.compare import compare
+
+        compare(base, experiments, workdir)
+
+
+@contextlib.contextmanager
+def _training() -> Iterator[None]:
+    """Joins the processes of a run, and exits as a shell expects when a signal stopped it."""
     from jaxcells.training.mesh import initialize_distributed
 
     initialize_distributed()
     import jax
 
-    from jaxcells.experiment import train_and_evaluate
     from jaxcells.training.signals import Interrupted
 
     set_up_logging(quiet=jax.process_index() > 0)
     try:
-        train_and_evaluate(config, workdir)
+        yield
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal)
+
+
+def _describe(config: ConfigDict, workdir: Path) -> None:
+    from jaxcells.describe import describe
+
+    describe(config, workdir)
+
+
+def _gradients(config: ConfigDict, workdir: Path) -> None:
+    from jaxcells.gradients import compare_gradients
+
+    compare_gradients(config, workdir)
 
 
 def _crop(config: ConfigDict, workdir: Path) -> None:
@@ -172,21 +214,41 @@ def _check(config: ConfigDict, workdir: Path) -> None:
 def _evaluate() -> None:
     from jaxcells.experiment import check_config, evaluate
 
-    which = _FLAGS.checkpoint
-    if which not in ("best", "latest"):
-        if not which.isdecimal():
-            raise Error(f"--checkpoint={which} must be best, latest or a step")
-        which = int(which)
+    workdir = _trained_workdir()
+    if _FLAGS.config is not None:
+        check_config(_config(), workdir)
+    evaluate(workdir, split=_FLAGS.split, which=_which())
+
+
+def _export() -> None:
+    from jaxcells.export import export_weights
+
+    output = None if _FLAGS.output is None else Path(_FLAGS.output).expanduser()
+    export_weights(_trained_workdir(), output, which=_which())
+
+
+def _trained_workdir() -> Path:
     workdir = _workdir()
     if not workdir.is_dir():
         raise Error(f"{workdir}: no such workdir; train first, or give the folder of a run")
-    if _FLAGS.config is not None:
-        check_config(_config(), workdir)
-    evaluate(workdir, split=_FLAGS.split, which=which)
+    return workdir
 
 
-_VERBS: dict[str, Callable[[ConfigDict, Path], None]] = {
+def _which() -> int | Literal["best", "latest"]:
+    which = _FLAGS.checkpoint
+    if which in ("best", "latest"):
+        return which
+    if not which.isdecimal():
+        raise Error(f"--checkpoint={which} must be best, latest or a step")
+    return int(which)
+
+
+_CONFIG_VERBS: dict[str, Callable[[ConfigDict, Path], None]] = {
     "train": _train,
+    "compare": _compare,
     "crop": _crop,
     "check": _check,
+    "describe": _describe,
+    "gradients": _gradients,
 }
+_WORKDIR_VERBS: dict[str, Callable[[], None]] = {"evaluate": _evaluate, "export": _export}

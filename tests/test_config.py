@@ -1,4 +1,5 @@
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,15 @@ from ml_collections import ConfigDict
 
 from configs import default
 from jaxcells import Error
-from jaxcells.config import KEYS, data_source, differences, validate
+from jaxcells.config import (
+    KEYS,
+    data_seed,
+    data_source,
+    differences,
+    expand_comparison,
+    parse_multipliers,
+    validate,
+)
 from jaxcells.workdir import read_json, write_json
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
@@ -33,8 +42,11 @@ def test_the_default_is_the_recipe_of_the_reference_study():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_are_valid_and_open_with_their_command(name):
     module = importlib.import_module(f"configs.{name}")
-    validate(module.get_config())
-    assert f"python launch.py --config configs/{name}.py" in module.__doc__
+    if "experiments" in module.get_config():
+        expand_comparison(module.get_config(), Path(module.__file__).parent)
+    else:
+        validate(module.get_config())
+    assert re.search(rf"python launch.py( \w+)? --config configs/{name}.py", module.__doc__)
     assert set(differences(default.get_config(), module.get_config())) or name in (
         "default",
         "resnet34",
@@ -85,6 +97,15 @@ def test_all_mistakes_are_reported_at_once():
         ({"data__source": "web"}, "must be folder, sample, tfds:NAME or empty"),
         ({"data__crop_size": 16}, "must be 32 or more, or 0"),
         ({"data__split": (754, 200, 0)}, "three whole numbers of 1 or more"),
+        ({"data__seed": -2}, "or -1 for that of the run"),
+        ({"init_conv1": "sum"}, "must be one of adapt, fresh"),
+        ({"optim__freeze": ("layer(",)}, r"'layer\(' is not a regular expression"),
+        ({"optim__freeze_epochs": 3}, "say what to freeze"),
+        ({"optim__freeze": ("fc",), "optim__freeze_epochs": 50}, "leaves no epoch of 50"),
+        ({"optim__multipliers": ("fc",)}, "'fc' must be a regular expression, =, and a factor"),
+        ({"optim__multipliers": ("fc=-1",)}, "a factor of 0 or more"),
+        ({"model__name": "preact1001"}, "has no ImageNet weights"),
+        ({"model__name": "resnet1001", "init": "random"}, "or preact, then 164, 200 or 1001"),
     ],
 )
 def test_mistakes_say_what_to_do(values, text):
@@ -94,6 +115,15 @@ def test_mistakes_say_what_to_do(values, text):
 
 def test_whole_images_need_no_matching_counts():
     validate(changed(data__crop_size=0, data__crops_per_class=1, data__split=(8, 1, 1)))
+
+
+def test_multipliers_are_pairs_and_the_last_equals_sign_counts():
+    assert parse_multipliers(("fc=10", "(?=layer4)=0.5")) == (("fc", 10.0), ("(?=layer4)", 0.5))
+
+
+def test_the_crops_have_the_seed_of_the_run_or_their_own():
+    assert data_seed(changed(seed=5)) == 5
+    assert data_seed(changed(seed=5, data__seed=0)) == 0
 
 
 def test_the_source_follows_from_the_root():

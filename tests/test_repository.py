@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": [],
     "models": [],
     "training": ["data", "models", "logs"],
-    "training.loop": ["data", "models", "logs", "prepare"],
+    "training.loop": ["config", "data", "models", "logs", "prepare"],
     # Evaluation runs a trained network: it sees states, steps, meshes and checkpoints, but neither
     # optimisers nor the loop.
     "evaluation": [
@@ -28,7 +28,10 @@ MAY_IMPORT = {
     "evaluation.metrics": [],
     "evaluation.baseline": [],
     "evaluation.figures": [],
-    "export": ["models", "training.checkpoints"],
+    "evaluation.comparison": [],
+    "evaluation.comparison_table": [],
+    "evaluation.comparison_figures": [],
+    "export": ["__init__", "models", "training.checkpoints"],
     "logs": [],
     "workdir": [],
     "environment": ["__init__"],
@@ -38,9 +41,15 @@ MAY_IMPORT = {
         *["config", "data", "environment", "evaluation", "export", "logs", "models"],
         *["prepare", "training", "workdir"],
     ],
+    "describe": ["config", "data", "evaluation", "models"],
+    "gradients": ["config", "data", "evaluation", "models", "prepare", "training", "workdir"],
+    "compare": [
+        *["config", "data", "environment", "evaluation", "experiment", "logs", "models"],
+        *["prepare", "training", "workdir"],
+    ],
     "cli": [
-        *["config", "data", "environment", "evaluation", "experiment", "export", "logs"],
-        *["models", "prepare", "training", "workdir"],
+        *["compare", "config", "data", "describe", "environment", "evaluation", "experiment"],
+        *["export", "gradients", "logs", "models", "prepare", "training", "workdir"],
     ],
 }
 

@@ -2,16 +2,18 @@
 
 Where the first segments of a network are frozen and nothing random touches their input, they give
 the same output for a crop in every epoch. It is computed once for all crops and memory-mapped, and
-the steps of training and validation then run the rest of the network on it alone.
+the steps of training and validation then run the rest of the network on it alone. Random flips and
+quarter turns are no obstacle: a crop has eight of them, and the output of each is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from jaxcells.data.arrays import create_array
-from jaxcells.data.loader import eval_batches
+from jaxcells.data.loader import Batch, eval_batches
 from jaxcells.training import mesh
+from jaxcells.training.augment import apply_symmetries
 from jaxcells.training.state import apply_segments
 from jaxcells.training.steps import Normalize
 
@@ -42,6 +45,7 @@ def keep_activations(
     *,
     batch_size: int,
     fingerprint: str,
+    num_symmetries: Mapping[str, int] | None = None,
 ) -> Images | None:
     """Computes the output of the first segments for every image, or finds it computed.
 
@@ -54,18 +58,22 @@ def keep_activations(
       directory: where the activations are kept; emptied of others.
       batch_size: images at a time, over all devices.
       fingerprint: stands for the images.
+      num_symmetries: for how many symmetries S of every image of a split, see
+        `augment.apply_symmetries`; 1, the image as it is, by default.
 
     Returns:
-      Memory-mapped arrays [N, ...] by split, in the dtype of the computation; None where the disk
-      has no room for them.
+      Memory-mapped arrays [S * N, ...] by split, in the dtype of the computation; symmetry s of
+      image i is row s * N + i. None where the disk has no room for them.
     """
+    repeats = {side: (num_symmetries or {}).get(side, 1) for side in images}
     prefix = [name for names in model.segments[:num_segments] for name in names]
     key = _key(variables, prefix, num_segments, normalize, fingerprint)
     devices = mesh.make_mesh()
     run = apply_segments(model, 0, num_segments)
 
     def forward(variables: Any, batch: Any) -> jax.Array:
-        return run(variables, normalize(batch["image"]), train=False)
+        inputs = apply_symmetries(normalize(batch["image"]), batch["symmetry"])
+        return run(variables, inputs, train=False)
 
     # The rest of the parameters would only travel with it.
     own = {
@@ -74,9 +82,14 @@ def keep_activations(
     }
     shapes = {
         side: jax.eval_shape(
-            forward, own, {"image": jax.ShapeDtypeStruct(array.shape, array.dtype)}
+            forward,
+            own,
+            {
+                "image": jax.ShapeDtypeStruct((repeats[side] * len(a), *a.shape[1:]), a.dtype),
+                "symmetry": jax.ShapeDtypeStruct((repeats[side] * len(a),), np.int32),
+            },
         )
-        for side, array in images.items()
+        for side, a in images.items()
     }
     kept = _open(directory, shapes, key)
     if kept is not None:
@@ -97,12 +110,15 @@ def keep_activations(
         file = create_array(partial / f"{side}.npy", shape.shape, stored) if primary else None
         rows = mesh.local_rows(batch_size, devices)
         labels = np.zeros(len(array), np.int32)
-        for number, batch in enumerate(eval_batches(array, labels, batch_size, rows)):
-            start = number * batch_size
-            output = step(own, mesh.shard_batch({"image": batch["image"]}, devices))
-            if file is not None:
-                stop = min(start + batch_size, len(array))
-                file[start:stop] = _as_bits(np.asarray(output))[: stop - start]
+        for symmetry in range(repeats[side]):
+            batches = eval_batches(array, labels, batch_size, rows)
+            for start, batch in zip(itertools.count(0, batch_size), batches, strict=False):
+                inputs = {"image": batch["image"], "symmetry": symmetry + batch["label"]}
+                output = _as_bits(np.asarray(step(own, mesh.shard_batch(inputs, devices))))
+                if file is not None:
+                    size = min(batch_size, len(array) - start)
+                    first = symmetry * len(array) + start
+                    file[first : first + size] = output[:size]
         if file is not None:
             file.flush()
     if primary:
@@ -111,6 +127,29 @@ def keep_activations(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("activations kept")
     return _open(directory, shapes, key)
+
+
+def symmetric_batches(
+    batches: Iterator[Batch],
+    activations: np.ndarray,
+    num_images: int,
+    draw: Callable[[int], np.ndarray],
+    *,
+    first_step: int,
+    rows: slice,
+) -> Iterator[Batch]:
+    """Puts activations in the place of image numbers, each of the symmetry that its step draws.
+
+    Args:
+      batches: of `train_batches` over the numbers of the images.
+      activations: [S * N, ...], see `keep_activations`.
+      num_images: N.
+      draw: from the step to the symmetries of its batch, int [B].
+      first_step: step of the first batch.
+      rows: the rows of every batch that this process holds.
+    """
+    for step, batch in enumerate(batches, first_step):
+        yield {**batch, "image": activations[draw(step)[rows] * num_images + batch["image"]]}
 
 
 def discard_activations(directory: Path) -> None:

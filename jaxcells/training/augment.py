@@ -26,22 +26,45 @@ def augment(
     Returns:
       `[B, H, W, C]` float32.
     """
-    dihedral_key, intensity_key = jax.random.split(key)
     if dihedral:
-        images = _random_symmetry(images, dihedral_key)
+        images = apply_symmetries(images, draw_symmetries(key, len(images)))
     if intensity:
-        images = _random_gain_and_offset(images, intensity_key, intensity)
+        images = _random_gain_and_offset(images, jax.random.split(key)[1], intensity)
     return images
 
 
-def _random_symmetry(images: jax.Array, key: jax.Array) -> jax.Array:
-    num_images, height, width, _ = images.shape
-    # Two flips and a transposition, each done or not, give every symmetry of the square once.
-    coins = jax.random.bernoulli(key, shape=(3, num_images, 1, 1, 1))
-    images = jnp.where(coins[0], jnp.flip(images, 1), images)
-    images = jnp.where(coins[1], jnp.flip(images, 2), images)
-    if height == width:
-        images = jnp.where(coins[2], images.swapaxes(1, 2), images)
+def draw_symmetries(key: jax.Array, num_images: int) -> jax.Array:
+    """Draws a symmetry of the square for every image of a batch, as `augment` does.
+
+    Args:
+      key: what `augment` is given.
+      num_images: B.
+
+    Returns:
+      int32 `[B]`, from 0 to 7, see `apply_symmetries`.
+    """
+    return jax.random.randint(jax.random.split(key)[0], (num_images,), 0, 8)
+
+
+def apply_symmetries(images: jax.Array, symmetries: jax.Array) -> jax.Array:
+    """Applies symmetries of the square: two flips and a transposition, each done or not.
+
+    Args:
+      images: `[B, H, W, C]`.
+      symmetries: int `[B]`: 1 flips up and down, 2 left and right, 4 transposes; sums do several,
+        in this order. Images that are not square are never transposed.
+
+    Returns:
+      `[B, H, W, C]`.
+    """
+
+    def done(bit: int) -> jax.Array:
+        return (symmetries & bit > 0)[:, None, None, None]
+
+    images = jnp.where(done(1), jnp.flip(images, 1), images)
+    images = jnp.where(done(2), jnp.flip(images, 2), images)
+    if images.shape[1] == images.shape[2]:
+        images = jnp.where(done(4), images.swapaxes(1, 2), images)
     return images
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from tqdm import tqdm
 
 from jaxcells.config import parse_multipliers
 from jaxcells.data.crop_set import CropSet
-from jaxcells.data.loader import eval_batches, num_batches, train_batches
+from jaxcells.data.loader import eval_batches, num_batches
 from jaxcells.data.normalization import Normalization, fit_normalization
 from jaxcells.errors import Error
 from jaxcells.logs import MetricWriter, duration, open_metrics
 from jaxcells.models import create_model
 from jaxcells.prepare import PreparedData
 from jaxcells.training import checkpoints, mesh, optim, steps
-from jaxcells.training.activations import discard_activations, keep_activations
-from jaxcells.training.freeze import frozen_prefix
+from jaxcells.training.activations import discard_activations
+from jaxcells.training.freeze import Phase, make_phases
 from jaxcells.training.initialization import Initialization, initialize
+from jaxcells.training.inputs import make_inputs
 from jaxcells.training.meter import Meter, Progress, check_finite
 from jaxcells.training.signals import Interrupted, StopRequest
 from jaxcells.training.state import TrainState, apply_segments, create_train_state
@@ -33,36 +34,6 @@ from jaxcells.training.state import TrainState, apply_segments, create_train_sta
 logger = logging.getLogger("jaxcells")
 
 _ESTIMATE_AFTER = 5  # steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Consecutive steps in which the same parameters are trained.
-
-    Attributes:
-      last_step: the last of them.
-      freeze: regular expressions over the paths of the parameters that are not.
-    """
-
-    last_step: int
-    freeze: tuple[str, ...] = ()
-
-
-def make_phases(
-    freeze: Sequence[str], freeze_epochs: int, *, steps_per_epoch: int, num_steps: int
-) -> tuple[Phase, ...]:
-    """Divides a run into the steps with frozen parameters and those without.
-
-    Args:
-      freeze: what is frozen.
-      freeze_epochs: for how many epochs from the start; 0 for all.
-      steps_per_epoch: number of steps in an epoch.
-      num_steps: number of steps in the run.
-    """
-    boundary = freeze_epochs * steps_per_epoch
-    if freeze and 0 < boundary < num_steps:
-        return Phase(boundary, tuple(freeze)), Phase(num_steps)
-    return (Phase(num_steps, tuple(freeze)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +164,7 @@ def train(
             if int(state.step) < phase.last_step:
                 state = _train_phase(run, phase, state)
     if primary:
-        discard_activations(_activations(workdir))
+        discard_activations(workdir / "activations")
     progress.total_s = time.monotonic() - began
     return progress
 
@@ -203,32 +174,41 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
     config, progress, meter = run.config, run.progress, run.meter
     batch_size, steps_per_epoch = config.train.batch_size, run.steps_per_epoch
     first_step = int(state.step)
-    images, normalize, first_segment = _inputs(run, phase, state)
+    inputs = make_inputs(
+        run.model,
+        state,
+        phase.freeze,
+        run.data.arrays,
+        run.normalization,
+        dihedral=config.data.augment.dihedral,
+        intensity=config.data.augment.intensity,
+        batch_size=batch_size,
+        rows=run.rows,
+        seed=config.seed,
+        step_key=run.step_key,
+        num_epochs=(phase.last_step - phase.before) // steps_per_epoch,
+        directory=run.workdir / "activations",
+        fingerprint=run.data.crop_set.manifest_sha256,
+    )
+    progress.activations_s += inputs.seconds
     state = state.replace(
-        apply_fn=apply_segments(run.model, first_segment),
+        apply_fn=apply_segments(run.model, inputs.first_segment),
         tx=_optimizer(config, run.schedule, phase),
     )
-    train_labels = run.data.arrays["train"].labels
+    labels = run.data.arrays["train"].labels
     train_step: Any = mesh.jit_train_step(
         steps.make_train_step(
-            normalize,
+            inputs.normalize,
             label_smoothing=config.optim.label_smoothing,
-            class_weights=_class_weights(config.optim.class_weights, train_labels),
-            dihedral=config.data.augment.dihedral,
+            class_weights=_class_weights(config.optim.class_weights, labels),
+            dihedral=inputs.dihedral,
             intensity=config.data.augment.intensity,
             freeze=phase.freeze,
         ),
         run.devices,
     )
-    eval_step = mesh.jit_eval_step(steps.make_eval_step(normalize), run.devices)
-    batches = train_batches(
-        images["train"],
-        train_labels,
-        batch_size,
-        seed=config.seed,
-        first_step=first_step,
-        rows=run.rows,
-    )
+    eval_step = mesh.jit_eval_step(steps.make_eval_step(inputs.normalize), run.devices)
+    batches = inputs.batches(first_step)
 
     last_saved = first_step
     first_trained = time.monotonic()
@@ -276,7 +256,7 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
         trained = progress.finish_epoch()
         trained["learning_rate"] = float(run.schedule(step - 1))
         began = time.monotonic()
-        validated = _validate(run, eval_step, state, images["val"])
+        validated = _validate(run, eval_step, state, inputs.validation)
         progress.validate_s += time.monotonic() - began
         check_finite(validated["loss"], step)
         if run.writer:
@@ -300,54 +280,6 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
         )
         meter.restart()
     return state
-
-
-def _inputs(
-    run: _Run, phase: Phase, state: TrainState
-) -> tuple[Mapping[str, np.ndarray], steps.Normalize, int]:
-    """Returns what a phase trains on: images, or what the frozen start makes of them.
-
-    Returns:
-      Arrays [N, ...] of "train" and "val", what the steps apply to them first, and the first
-      segment of the network that is left to run.
-    """
-    images = {side: run.data.arrays[side].images for side in ("train", "val")}
-    prefix = frozen_prefix(run.model.segments, state.params, phase.freeze)
-    if not prefix:
-        return images, run.normalization, 0
-    names = [name for segment in run.model.segments[:prefix] for name in segment]
-    frozen = f"{names[0]} to {names[-1]} are frozen"
-    augment = run.config.data.augment
-    if augment.dihedral or augment.intensity:
-        logger.info("%s, and computed in every step, since crops change at random", frozen)
-        return images, run.normalization, 0
-    began = time.monotonic()
-    kept = keep_activations(
-        run.model,
-        state.variables,
-        prefix,
-        run.normalization,
-        images,
-        _activations(run.workdir),
-        batch_size=run.config.train.batch_size,
-        fingerprint=run.data.crop_set.manifest_sha256,
-    )
-    seconds = time.monotonic() - began
-    run.progress.activations_s += seconds
-    if kept is None:
-        logger.info("%s, and computed in every step, since the disk has no room", frozen)
-        return images, run.normalization, 0
-    size = sum(array.nbytes for array in kept.values()) / 1e6
-    logger.info("%s: computed once, in %s, and kept (%.0f MB)", frozen, duration(seconds), size)
-    return kept, _as_it_is, prefix
-
-
-def _as_it_is(activations: Any) -> Any:
-    return activations
-
-
-def _activations(workdir: Path) -> Path:
-    return workdir / "activations"
 
 
 def _optimizer(

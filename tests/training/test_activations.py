@@ -14,7 +14,7 @@ from jaxcells.data.normalization import fit_normalization
 from jaxcells.logs import read_metrics
 from jaxcells.models import create_model
 from jaxcells.prepare import prepare_data
-from jaxcells.training import activations, loop
+from jaxcells.training import activations, inputs, loop
 from jaxcells.training.activations import discard_activations, keep_activations
 from jaxcells.training.checkpoints import restore_variables
 from jaxcells.training.initialization import Initialization
@@ -49,12 +49,15 @@ def data(config, tmp_path_factory):
 def log(monkeypatch):
     """Lines that the loop writes to its log."""
     lines = []
-    monkeypatch.setattr(loop.logger, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(inputs.logger, "info", lambda text, *values: lines.append(text % values))
     return lines
 
 
 def train(config, data, workdir, **optim):
     config = config.copy_and_resolve_references()
+    if optim.pop("dihedral", False):
+        # As many epochs as there are symmetries, or they are not worth keeping.
+        config.data.augment.dihedral, config.train.num_epochs = True, 8
     config.optim.update(optim)
     workdir.mkdir(exist_ok=True)
     return loop.train(config, workdir, data, Initialization("random"), start=time.monotonic())
@@ -70,8 +73,9 @@ def variables_at(workdir, step):
         {"freeze": ("(?!layer4|fc)",)},
         {"freeze": ("(?!fc)",)},
         {"freeze": ("(?!fc)",), "freeze_epochs": 2, "multipliers": ("layer4=0.1",)},
+        {"freeze": ("(?!layer4_1|fc)",), "dihedral": True},
     ],
-    ids=["a stage and the head", "linear probe", "head first, then all"],
+    ids=["a stage and the head", "linear probe", "head first, then all", "flips and turns"],
 )
 def test_same_parameters_and_figures_as_without(config, data, tmp_path, monkeypatch, log, optim):
     kept = train(config, data, tmp_path / "kept", **optim)
@@ -83,9 +87,7 @@ def test_same_parameters_and_figures_as_without(config, data, tmp_path, monkeypa
     assert any("the disk has no room" in line for line in log)
     assert computed.images == kept.images
 
-    found, expected = (
-        variables_at(tmp_path / name, 3 * STEPS_PER_EPOCH) for name in ("kept", "computed")
-    )
+    found, expected = (variables_at(tmp_path / name, "latest") for name in ("kept", "computed"))
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], RTOL, ATOL, err_msg=name)
@@ -124,12 +126,21 @@ def test_two_phases_resume_bit_for_bit_and_move_the_head_first(config, data, tmp
         assert not np.array_equal(moved[boundary][name], whole[name]), name
 
 
-def test_random_crops_are_never_kept(config, data, tmp_path, log):
+@pytest.mark.parametrize(
+    ("augment", "text"),
+    [
+        ({"intensity": 0.1}, "brightness changes at random"),
+        ({"dihedral": True}, "8 symmetries of every crop would take longer than 1 epochs"),
+    ],
+)
+def test_what_changes_at_random_is_computed_in_every_step(
+    config, data, tmp_path, log, augment, text
+):
     config = config.copy_and_resolve_references()
     config.train.num_epochs = 1
-    config.data.augment.intensity = 0.1
+    config.data.augment.update(augment)
     progress = train(config, data, tmp_path, freeze=("(?!fc)",))
-    assert any("computed in every step, since crops change at random" in line for line in log)
+    assert any("computed in every step" in line and text in line for line in log)
     assert progress.activations_s == 0
 
 
@@ -157,8 +168,8 @@ def test_what_is_kept_is_what_the_segments_give(network, tmp_path):
     model, variables = network
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8)
     kept = keep(network, images, tmp_path / "activations")
-    inputs = fit_normalization(images, "imagenet")(images)
-    expected = model.apply(variables, inputs, train=False, last=3)
+    pixels = fit_normalization(images, "imagenet")(images)
+    expected = model.apply(variables, pixels, train=False, last=3)
     assert kept["train"].shape == (7, 8, 8, 4)
     assert kept["train"].dtype == expected.dtype == model.dtype
     tolerance = 1e-5 if model.dtype == np.float32 else 0.05
@@ -168,7 +179,7 @@ def test_what_is_kept_is_what_the_segments_give(network, tmp_path):
     np.testing.assert_array_equal(kept["val"], kept["train"][:3])
     # The rest of the network takes it as it is.
     logits = model.apply(variables, kept["train"], train=False, first=3)
-    whole = model.apply(variables, inputs, train=False)
+    whole = model.apply(variables, pixels, train=False)
     np.testing.assert_allclose(logits, whole, tolerance, tolerance)
     if model.dtype == ml_dtypes.bfloat16:
         assert kept["train"].nbytes == 2 * kept["train"].size
@@ -205,6 +216,36 @@ def test_activations_are_found_again_and_never_those_of_others(network, tmp_path
     assert len(keep((model, other), images, directory, num_segments=2, fingerprint="b")["val"]) == 3
     discard_activations(directory)
     assert not directory.exists()
+
+
+def test_every_symmetry_of_every_image_has_its_row(network, tmp_path):
+    model, variables = network
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    normalize = fit_normalization(images, "imagenet")
+    kept = keep_activations(
+        model,
+        variables,
+        3,
+        normalize,
+        {"train": images},
+        tmp_path / "activations",
+        batch_size=4,
+        fingerprint="a",
+        num_symmetries={"train": 8},
+    )["train"]
+    assert kept.shape == (40, 8, 8, 4)
+    tolerance = 1e-5 if model.dtype == np.float32 else 0.05
+    for symmetry in range(8):
+        turned = images[:, ::-1] if symmetry & 1 else images
+        turned = turned[:, :, ::-1] if symmetry & 2 else turned
+        turned = turned.swapaxes(1, 2) if symmetry & 4 else turned
+        expected = model.apply(variables, normalize(turned), train=False, last=3)
+        np.testing.assert_allclose(
+            kept[5 * symmetry : 5 * symmetry + 5].astype(np.float32),
+            expected.astype(np.float32),
+            tolerance,
+            tolerance,
+        )
 
 
 def test_a_run_that_fills_the_disk_computes_instead(network, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def test_one_update_is_gradient_descent_on_the_rows_that_count():
 def test_reported_loss_is_plain_cross_entropy_whatever_the_objective():
     state, batch, key = tiny_state(), make_batch(), jax.random.key(0)
     plain, plain_sums = train_step(state, batch, key)
-    weighted_step = make_train_step(normalize, label_smoothing=0.2, class_weights=[1, 2, 3])
+    weighted_step = make_train_step(normalize, label_smoothing=0.2, class_weights=(1, 2, 3))
     other, other_sums = jax.jit(weighted_step)(state, batch, key)
     assert_trees_equal(other_sums, plain_sums)
     assert not np.array_equal(other.params["fc"]["bias"], plain.params["fc"]["bias"])
