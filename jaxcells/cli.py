@@ -12,7 +12,7 @@ from typing import Literal
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxcells.config import expand_comparison, validate
+from jaxcells.config import Experiment, expand_comparison, validate
 from jaxcells.errors import Error
 from jaxcells.evaluation.figures import plot_examples
 from jaxcells.logs import set_up_logging
@@ -95,7 +95,11 @@ def _dispatch(argv: Sequence[str]) -> None:
         _WORKDIR_VERBS[verb]()
         return
     config = _config()
-    if verb != "compare":  # whose config is one of several experiments
+    if "experiments" in config and verb in ("crop", "check"):
+        config, _ = _comparison(config)
+    elif "experiments" in config and verb != "compare":
+        raise Error(f"this config is of a comparison; run `compare` with it, not `{verb}`")
+    elif verb != "compare":
         validate(config)
     _CONFIG_VERBS[verb](config, _workdir())
 
@@ -151,6 +155,12 @@ def _workdir() -> Path:
     return Path("runs", Path(_FLAGS["config"].config_filename).stem)
 
 
+def _comparison(config: ConfigDict) -> tuple[ConfigDict, list[Experiment]]:
+    """Returns the config of the crops, and the experiments, whose files lie beside it."""
+    folder = Path(_FLAGS["config"].config_filename).resolve().parent
+    return expand_comparison(config, folder)
+
+
 def _train(config: ConfigDict, workdir: Path) -> None:
     with _training():
         from jaxcells.experiment import train_and_evaluate
@@ -159,8 +169,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
 
 
 def _compare(config: ConfigDict, workdir: Path) -> None:
-    folder = Path(_FLAGS["config"].config_filename).resolve().parent
-    base, experiments = expand_comparison(config, folder)
+    base, experiments = _comparison(config)
     with _training():
         from jaxcells.compare import compare
 

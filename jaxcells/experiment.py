@@ -76,10 +76,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Results:
             print(_summary(results))
             return results
 
+        init = find_start(config, workdir)
         note = mesh.accelerator_note()
         if note:
             logger.warning("%s", note)
-        init = find_start(config, workdir)
         data = prepare_together(config, workdir)
         data.audit.raise_errors()
         progress = train_run(config, workdir, data, init)

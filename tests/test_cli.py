@@ -53,6 +53,14 @@ def test_help_fits_a_screen_and_shows_three_examples():
             ["--config", "configs/demo.py", "--config.seed=-1", "--config.model.name=x"],
             "2 mistakes",
         ),
+        (["--config", "configs/compare.py"], "run `compare` with it, not `train`"),
+        (["compare", "--config", "configs/demo.py"], "needs the keys experiments and seeds"),
+        (
+            ["compare", "--config", "configs/compare.py", "--config.experiments=resnet18,resnet19"],
+            "resnet19.py",
+        ),
+        (["export", "--workdir", "nowhere"], "say `export weights`"),
+        (["export", "weights", "--workdir", "nowhere"], "nowhere: no such workdir"),
         (["evaluate"], "--workdir is missing"),
         (["evaluate", "--workdir", "nowhere"], "nowhere: no such workdir"),
     ],
@@ -63,6 +71,16 @@ def test_wrong_command_lines_are_one_clear_error(arguments, text):
     assert result.stderr.startswith("error: ")
     assert text in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_before_crops_are_made(tmp_path):
+    result = launch(
+        *("--config", "configs/demo.py", "--config.optim.freeze=layer9", "--workdir", tmp_path)
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: optim.freeze: 'layer9' matches no parameter")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "crops").exists()
 
 
 def test_crop_and_check_run_without_jax(tmp_path):
