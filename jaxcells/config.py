@@ -299,6 +299,17 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             yield f"optim.freeze: {pattern!r} is not a regular expression ({error})"
+        else:
+            if (
+                config.init_conv1 == "fresh"
+                and config.init != "random"
+                and not optim.freeze_epochs
+                and re.match(pattern, "conv1/kernel")
+            ):
+                yield (
+                    f"optim.freeze: {pattern!r} would keep the random kernels of init_conv1=fresh; "
+                    "leave conv1 out, for instance --config.optim.freeze='(?!conv1|bn1|fc)'"
+                )
     yield from at_least("optim.freeze_epochs", optim.freeze_epochs, 0)
     if optim.freeze_epochs and not optim.freeze:
         yield "optim.freeze_epochs is set and optim.freeze is empty; say what to freeze"

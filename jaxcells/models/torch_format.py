@@ -8,6 +8,10 @@ Our modules carry torchvision's names, so the port is a rename and a transpose:
     params/layer2_0/downsample_conv/kernel      ⇄  layer2.0.downsample.0.weight
     params/layer2_0/downsample_bn/scale         ⇄  layer2.0.downsample.1.weight
     params/fc/kernel              [I, O]        ⇄  fc.weight              [O, I]
+
+Units that a pre-activation network runs in a scan are stacked, and single in a file:
+
+    params/layer1_rest/conv1/kernel  [n - 1, H, W, I, O]  ⇄  layer1.1.conv1.weight, layer1.2.…
 """
 
 import os
@@ -19,10 +23,11 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from jaxcells.errors import Error
+from jaxcells.models.preact import unstack
 
 KeyPath = tuple[str, ...]
 
@@ -74,9 +79,20 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise Error(
-            f"{path}: not a whole safetensors file ({_one_line(error)}); get it or save it again"
-        ) from error
+        raise _not_whole(path, error) from error
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the texts that a safetensors file holds beside its tensors; often there are none.
+
+    Raises:
+      Error: not a whole safetensors file.
+    """
+    try:
+        with safe_open(Path(path).expanduser(), framework="numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _not_whole(path, error) from error
 
 
 def flax_to_torch_name(path: KeyPath) -> str:
@@ -105,13 +121,27 @@ def torch_to_flax_name(name: str, ndim: int) -> KeyPath | None:
     return (collection, *filter(None, joined.split(".")), leaf)
 
 
+def stack(single: Mapping[KeyPath, Any], like: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:
+    """Inverts `preact.unstack`, on flat variables, for a network whose own are `like`."""
+    stacked = {}
+    for path, leaf in like.items():
+        stage, rest, _ = path[1].partition("_rest")
+        if rest:
+            numbers = range(1, leaf.shape[0] + 1)
+            units = [single[path[0], f"{stage}_{n}", *path[2:]] for n in numbers]
+            stacked[path] = np.stack(units)
+        else:
+            stacked[path] = single[path]
+    return stacked
+
+
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns `variables` under torch's names and in torch's layouts, as contiguous NumPy arrays.
 
     `num_batches_tracked` is not made up: torch's `load_state_dict` fills it in.
     """
     tensors = {}
-    for path, leaf in flatten_dict(variables).items():
+    for path, leaf in flatten_dict(unstack(variables)).items():
         array = np.asarray(leaf)
         # safetensors writes a transposed view in the order of its memory, silently.
         tensors[flax_to_torch_name(path)] = np.ascontiguousarray(
@@ -121,7 +151,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns torch's `tensors` as variables: the inverse of `to_torch`."""
+    """Returns torch's `tensors` as variables: the inverse of `to_torch`, but for stacked units."""
     flat = {}
     for name, tensor in tensors.items():
         if (path := torch_to_flax_name(name, tensor.ndim)) is not None:
@@ -132,6 +162,13 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def flax_layout(tensor: np.ndarray) -> np.ndarray:
     """Returns a view of torch's `tensor` with its axes in our order."""
     return tensor.transpose(_TO_FLAX.get(tensor.ndim, range(tensor.ndim)))
+
+
+def _not_whole(path: str | os.PathLike[str], error: Exception) -> Error:
+    return Error(
+        f"{os.fspath(path)}: not a whole safetensors file ({_one_line(error)}); get it or save it "
+        "again"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -1,14 +1,25 @@
 """Where a network's first parameters come from: ImageNet, a file, an earlier run, or chance."""
 
 import dataclasses
+import functools
+import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxcells.data.crop_set import CropSet, open_crop_set
 from jaxcells.errors import Error
 from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet, file_sha256
-from jaxcells.models.weights import load_pretrained, load_safetensors, transfer
+from jaxcells.models.weights import (
+    Conv1,
+    PortError,
+    PortReport,
+    load_metadata,
+    load_pretrained,
+    load_safetensors,
+    transfer,
+)
 from jaxcells.training.checkpoints import best_step, restore_variables
 from jaxcells.training.state import TrainState, with_variables
 
@@ -23,14 +34,18 @@ class Initialization:
       kind: "imagenet", "file", "run" or "random".
       path: the file or workdir; None for "random".
       warning: why the run does not begin with what was asked for, or "".
+      conv1: "adapt" fits the first convolution to the number of channels, "fresh" leaves it random.
     """
 
     kind: str
     path: Path | None = None
     warning: str = ""
+    conv1: Conv1 = "adapt"
 
 
-def find_initialization(init: str, model_name: str, *, random_if_missing: bool) -> Initialization:
+def find_initialization(
+    init: str, model_name: str, *, random_if_missing: bool, conv1: Conv1 = "adapt"
+) -> Initialization:
     """Finds the weights before anything expensive happens, fetching those of ImageNet.
 
     Args:
@@ -38,6 +53,7 @@ def find_initialization(init: str, model_name: str, *, random_if_missing: bool) 
       model_name: name of the network, which decides on the ImageNet file.
       random_if_missing: go on from random parameters, with a warning, if the ImageNet weights
         cannot be had. Right for the built-in sample, wrong for anyone's own images.
+      conv1: see `Initialization`.
 
     Raises:
       Error: the weights cannot be had, or the workdir has no checkpoint.
@@ -46,7 +62,7 @@ def find_initialization(init: str, model_name: str, *, random_if_missing: bool) 
         return Initialization("random")
     if init == "imagenet":
         try:
-            return Initialization("imagenet", fetch_imagenet(model_name))
+            return Initialization("imagenet", fetch_imagenet(model_name), conv1=conv1)
         except WeightsUnavailableError as error:
             if not random_if_missing:
                 raise
@@ -56,19 +72,31 @@ def find_initialization(init: str, model_name: str, *, random_if_missing: bool) 
     path = Path(init).expanduser()
     if not path.is_dir():
         load_safetensors(path)  # a wrong file shows here, before crops are drawn
-        return Initialization("file", path)
+        return Initialization("file", path, conv1=conv1)
     if best_step(path / "checkpoints") is None:
         raise Error(f"{path}: no validated checkpoint to start from; give the workdir of a run")
-    return Initialization("run", path)
+    return Initialization("run", path, conv1=conv1)
 
 
 def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
     """Refuses to start from a run that has seen images which are now held out.
 
+    Of a file, only that it was exported from a run on other crops can be told; a warning says so.
+
     Raises:
       Error: an image of this run's val or test split was trained on or chosen by in that run.
     """
-    if init.kind != "run" or init.path is None:
+    if init.path is None:
+        return
+    if init.kind == "file":
+        manifest = load_metadata(init.path).get("manifest_sha256", crop_set.manifest_sha256)
+        if manifest != crop_set.manifest_sha256:
+            logger.warning(
+                "%s comes from a run on other crops; whether that has seen images that are held "
+                "out here is not known: give its workdir as --config.init to have it checked",
+                init.path,
+            )
+    if init.kind != "run":
         return
     earlier = open_crop_set(init.path / "crops")
 
@@ -88,12 +116,17 @@ def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
         )
 
 
-def initialize(state: TrainState, init: Initialization) -> tuple[TrainState, dict[str, Any]]:
+def initialize(
+    state: TrainState, init: Initialization, *, class_names: Sequence[str] = ()
+) -> tuple[TrainState, dict[str, Any]]:
     """Puts the weights into a fresh state.
+
+    The head is taken over only from a network that tells the same classes apart, in the same order.
 
     Args:
       state: a randomly initialised state at step 0.
       init: what `find_initialization` found.
+      class_names: of this run; the position is the label.
 
     Returns:
       The state, and for results.json what was loaded: kind, source, sha256, summary.
@@ -107,13 +140,47 @@ def initialize(state: TrainState, init: Initialization) -> tuple[TrainState, dic
             record["warning"] = init.warning
         return state, record
     record["source"] = str(init.path)
+    port: Callable[..., tuple[dict[str, Any], PortReport]]
     if init.kind == "run":
-        source, _ = restore_variables(init.path / "checkpoints", "best")
-        record["step"] = best_step(init.path / "checkpoints")
-        variables, report = transfer(source, state.variables)
+        source, meta = restore_variables(init.path / "checkpoints", "best")
+        record["step"] = meta["step"]
+        names_there = meta["class_names"]
+        port = functools.partial(transfer, source, source=str(init.path))
     else:
         record["sha256"] = file_sha256(init.path)
-        variables, report = load_pretrained(init.path, state.variables)
+        names_there = _class_names(init.path)
+        port = functools.partial(load_pretrained, init.path)
+    try:
+        variables, report = port(
+            variables=state.variables,
+            conv1=init.conv1,
+            other_classes=_other_classes(names_there, class_names),
+        )
+    except PortError as error:
+        if (everything := error.report.problems()) not in str(error):
+            logger.warning("%s: all that does not fit: %s", init.path, everything)
+        raise
     record["tensors"] = report.summary()
-    logger.info("weights from %s: %s", init.path, report.summary())
+    if names_there is None and not report.skipped:
+        record["tensors"] += "; the head too, which says nothing of its classes"
+    logger.info("weights from %s: %s", init.path, record["tensors"])
     return with_variables(state, variables), record
+
+
+def _class_names(path: Path) -> list[str] | None:
+    """Returns the class names that `export weights` leaves in a file; None for other files."""
+    try:
+        names = json.loads(load_metadata(path)["class_names"])
+    except (KeyError, ValueError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _other_classes(there: Sequence[str] | None, here: Sequence[str]) -> str:
+    """Says how the classes differ; "" if they do not, or if one side is not known."""
+    if not there or not here or list(there) == list(here):
+        return ""
+    if sorted(there) == sorted(here):
+        return "the classes stand in another order there"
+    others = [name for name in there if name not in here]
+    return f"other classes there, such as {others[0]}" if others else "more classes here"

@@ -1,6 +1,7 @@
 import pickle
 import shlex
 import zipfile
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from jaxcells import Error
 from jaxcells.models import create_model
 from jaxcells.models.weights import (
     PortError,
+    PortReport,
     flax_to_torch_name,
     from_torch,
+    load_metadata,
     load_pretrained,
     load_safetensors,
     to_torch,
@@ -114,6 +117,7 @@ def test_everything_loaded_when_classes_agree(tmp_path):
     assert report.skipped == report.adapted == report.missing == report.unexpected == ()
     assert report.source == str(path)
     assert report.summary() == "13 tensors loaded; 1 batch counters ignored"
+    assert report.problems() == ""
     assert_equal(fresh, make_variables(seed=2))
 
 
@@ -121,13 +125,29 @@ def test_head_kept_when_classes_differ():
     source, fresh = make_variables(seed=1, classes=1000), make_variables(seed=2, classes=3)
     merged, report = load_pretrained(to_torch(source), fresh)
     assert report.skipped == ("fc.weight", "fc.bias")
-    assert "fc" in report.summary()
+    assert report.summary().endswith(
+        "; fc.weight, fc.bias skipped: new head, 1000 classes there and 3 here"
+    )
     assert not {"fc.weight", "fc.bias"} & set(report.loaded)
     assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
     assert_equal(merged["batch_stats"], source["batch_stats"])
     np.testing.assert_array_equal(
         merged["params"]["conv1"]["kernel"], source["params"]["conv1"]["kernel"]
     )
+
+
+def test_head_of_as_many_other_classes_is_kept():
+    source, fresh = make_variables(seed=1), make_variables(seed=2)
+    merged, report = load_pretrained(to_torch(source), fresh, other_classes="of other things")
+    assert report.skipped == ("fc.weight", "fc.bias")
+    assert (
+        report.summary()
+        == "11 tensors loaded; fc.weight, fc.bias skipped: new head, of other things"
+    )
+    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
+    merged, report = transfer(source, fresh, other_classes="of other things")
+    assert report.skipped == ("fc/kernel", "fc/bias")
+    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
 
 
 def test_head_of_another_width_is_an_error():
@@ -137,7 +157,7 @@ def test_head_of_another_width_is_an_error():
         load_pretrained(to_torch(source), fresh)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
 def test_first_convolution_adapts_to_input_channels(channels):
     source, fresh = make_variables(seed=1), make_variables(seed=2, channels=channels)
     merged, report = load_pretrained(to_torch(source), fresh)
@@ -150,6 +170,32 @@ def test_first_convolution_adapts_to_input_channels(channels):
     np.testing.assert_allclose(
         merged["params"]["conv1"]["kernel"].sum(axis=2), kernel.sum(axis=2), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_first_convolution_stays_fresh_when_asked(channels):
+    source, fresh = make_variables(seed=1), make_variables(seed=2, channels=channels)
+    merged, report = load_pretrained(to_torch(source), fresh, conv1="fresh")
+    assert report.fresh == ("conv1.weight",)
+    assert report.adapted == ()
+    assert report.summary() == "12 tensors loaded; conv1.weight fresh, as asked for"
+    assert_equal(merged["params"]["conv1"], fresh["params"]["conv1"])
+    assert_equal(merged["params"]["bn1"], source["params"]["bn1"])
+    merged, report = transfer(source, fresh, conv1="fresh")
+    assert report.fresh == ("conv1/kernel",)
+    assert_equal(merged["params"]["conv1"], fresh["params"]["conv1"])
+
+
+@pytest.mark.parametrize(("there", "here"), [(1, 3), (5, 3), (3, 5), (5, 1)])
+def test_a_run_of_other_channels_adapts_likewise(there, here):
+    source, fresh = make_variables(channels=there), make_variables(channels=here, classes=2)
+    merged, report = transfer(source, fresh)
+    assert report.adapted == ("conv1/kernel",)
+    kernel = merged["params"]["conv1"]["kernel"]
+    assert kernel.shape[2] == here
+    assert np.ptp(kernel, axis=2).max() == 0
+    expected = source["params"]["conv1"]["kernel"].sum(axis=2)
+    np.testing.assert_allclose(kernel.sum(axis=2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_all_mistakes_in_one_message():
@@ -171,8 +217,8 @@ def test_all_mistakes_in_one_message():
     }
     text = str(caught.value)
     assert "\n" not in text
-    assert "1 unexpected (head.weight)" in text
-    assert "2 missing (" in text
+    assert "1 unexpected (head), " in text
+    assert "2 missing (bn1.bias, fc.bias), " in text
     assert "3 unfit (" in text
     assert "[3, 3, 4, 6] for [3, 2, 4, 6]" in text
     assert "numbers of type int8" in text
@@ -180,10 +226,46 @@ def test_all_mistakes_in_one_message():
     assert "--config.model.name" in text
 
 
-def test_long_lists_are_cut():
-    tensors = to_torch(make_variables()) | {f"x{i}.bias": np.zeros(1) for i in range(30)}
-    with pytest.raises(PortError, match=r"30 unexpected \(x0.bias, x1.bias, x2.bias, …\)"):
+def test_long_lists_are_cut_in_the_message_and_whole_in_the_report():
+    names = [f"{chr(97 + i)}.bias" for i in range(14)]
+    tensors = to_torch(make_variables()) | {name: np.zeros(1) for name in names}
+    with pytest.raises(PortError, match=r"14 unexpected \(a, b, .*, k, l and 2 more\); ") as caught:
         load_pretrained(tensors, make_variables())
+    report = caught.value.report
+    assert report.problems() == f"14 unexpected ({', '.join('abcdefghijklmn')})"
+    assert report.unexpected == tuple(names)
+
+
+def test_layers_stand_for_their_tensors():
+    def tensors(*sizes):
+        return [
+            f"layer{stage}.{index}.{leaf}"
+            for stage, size in enumerate(sizes, start=1)
+            for index in range(size)
+            for leaf in ("conv1.weight", "bn1.weight", "bn1.bias")
+        ]
+
+    def problems(larger, smaller):
+        names = tuple(name for name in larger if name not in smaller)
+        return PortReport("", loaded=tuple(smaller), missing=names).problems()
+
+    few, more, most = tensors(2, 2, 2, 2), tensors(3, 4, 6, 3), tensors(3, 4, 23, 3)
+    assert problems(more, few) == (
+        "24 missing (layer1.2, layer2.2, layer2.3, layer3.2 … layer3.5, layer4.2)"
+    )
+    # As jax sorts names, layer3.10 comes before layer3.6.
+    assert problems(sorted(most), more) == "51 missing (layer3.6 … layer3.22)"
+    assert problems(few, []) == "24 missing (layer1 … layer4)"
+    assert problems(tensors(5), tensors(2)) == "9 missing (layer1.2 … layer1.4)"
+    assert problems(tensors(4), tensors(2)) == "6 missing (layer1.2, layer1.3)"
+    # A layer of which something fits is not named as a whole.
+    assert problems(few, [n for n in few if ".0.bn1." not in n]) == (
+        "8 missing (layer1.0.bn1, layer2.0.bn1, layer3.0.bn1, layer4.0.bn1)"
+    )
+    assert problems(few, few[1:]) == "1 missing (layer1.0.conv1)"
+    assert problems(few, [*few[:1], *few[2:]]) == "1 missing (layer1.0.bn1.weight)"
+    unfit = PortReport("", unfit=("fc.bias: not finite",), missing=("fc.weight",))
+    assert unfit.problems() == "1 missing (fc.weight), 1 unfit (fc.bias: not finite)"
 
 
 def test_plain_network_refuses_a_residual_file():
@@ -210,15 +292,58 @@ def test_other_floats_become_the_network_s(tmp_path, dtype):
 def test_transfer_from_another_run():
     source, fresh = make_variables(seed=1, classes=4), make_variables(seed=2, classes=3)
     merged, report = transfer(source, fresh, source="runs/a")
-    assert set(report.skipped) == {"params/fc/kernel", "params/fc/bias"}
-    assert "params/layer2_0/conv1/kernel" in report.loaded
-    assert report.summary().startswith("11 tensors loaded; params/fc/kernel, ")
+    assert set(report.skipped) == {"fc/kernel", "fc/bias"}
+    assert {"layer2_0/conv1/kernel", "bn1/mean"} < set(report.loaded)
+    assert report.summary().startswith("11 tensors loaded; fc/kernel, ")
     assert report.source == "runs/a"
     assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
     assert_equal(merged["params"]["layer2_0"], source["params"]["layer2_0"])
     assert_equal(merged["batch_stats"], source["batch_stats"])
-    with pytest.raises(PortError, match=r"runs/a: .*missing \(params/layer2_0/downsample"):
+    with pytest.raises(PortError, match=r"runs/a: .*5 missing \(layer2_0/downsample_bn, "):
         transfer(make_variables(shortcut=False), fresh, source="runs/a")
+
+
+def stacked_units(variables):
+    """`make_variables`, with two units that a scan runs after the first of stage 2."""
+    rng = np.random.default_rng(0)
+    rest = {
+        "params": {"conv1": {"kernel": rng.normal(size=(2, 3, 2, 6, 6)).astype(np.float32)}},
+        "batch_stats": {"bn1": {"mean": rng.normal(size=(2, 6)).astype(np.float32)}},
+    }
+    return {
+        collection: variables[collection] | {"layer2_rest": rest[collection]} for collection in rest
+    }
+
+
+def test_stacked_units_are_single_in_a_file_and_stacked_again(tmp_path):
+    source = stacked_units(make_variables(seed=1))
+    rest = source["params"]["layer2_rest"]["conv1"]["kernel"]
+    tensors = to_torch(source)
+    for number in (1, 2):
+        np.testing.assert_array_equal(
+            tensors[f"layer2.{number}.conv1.weight"], rest[number - 1].transpose(3, 2, 0, 1)
+        )
+        np.testing.assert_array_equal(
+            tensors[f"layer2.{number}.bn1.running_mean"],
+            source["batch_stats"]["layer2_rest"]["bn1"]["mean"][number - 1],
+        )
+    assert not [name for name in tensors if "rest" in name]
+    save_file(tensors, tmp_path / "w.safetensors")
+    fresh = stacked_units(make_variables(seed=2, classes=3))
+    fresh["params"]["layer2_rest"] = jax.tree.map(np.zeros_like, fresh["params"]["layer2_rest"])
+    for merged, report in (
+        load_pretrained(tmp_path / "w.safetensors", fresh),
+        transfer(source, fresh),
+        transfer(from_torch(tensors), fresh),  # from the same network without a scan
+    ):
+        assert len(report.loaded) == 11 + 4
+        assert_equal(merged["batch_stats"], source["batch_stats"])
+        np.testing.assert_array_equal(merged["params"]["layer2_rest"]["conv1"]["kernel"], rest)
+    single, _ = transfer(source, from_torch(tensors))
+    assert_equal(single, from_torch(tensors))
+    del tensors["layer2.2.conv1.weight"]
+    with pytest.raises(PortError, match=r"1 missing \(layer2.2.conv1\)"):
+        load_pretrained(tensors, fresh)
 
 
 BLOCKS = {"resnet18": (2, (2, 2, 2, 2)), "resnet50": (3, (3, 4, 6, 3))}
@@ -278,11 +403,21 @@ def test_plain_network_refuses_the_residual_twin():
 def test_one_channel_network_answers_grey_images_as_the_three_channel_one():
     model = create_model("resnet18", num_classes=3, width=8)
     source = random_variables(model, seed=1)
+    # Where sums of multiples of 1/64 are exact, the order in which they are summed is all the same;
+    # what comes after the first convolution is then the same computation on the same numbers.
+    kernel = source["params"]["conv1"]["kernel"]
+    source["params"]["conv1"]["kernel"] = np.round(kernel * 64) / 64
     merged, _ = load_pretrained(to_torch(source), random_variables(model, channels=1, seed=2))
-    grey = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
-    apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
+    grey = jnp.round(jax.random.normal(jax.random.key(0), (2, 32, 32, 1)) * 64) / 64
+    apply = jax.jit(partial(model.apply, train=False))
     expected = apply(source, jnp.repeat(grey, 3, axis=-1))
-    np.testing.assert_allclose(apply(merged, grey), expected, rtol=1e-4)
+    np.testing.assert_array_equal(apply(merged, grey), expected)
+    assert np.ptp(expected, axis=0).max() > 0
+
+    # A fifth of the sum is no such number: equal up to rounding.
+    merged, _ = load_pretrained(to_torch(source), random_variables(model, channels=5, seed=2))
+    five = apply(merged, jnp.repeat(grey, 5, axis=-1))
+    np.testing.assert_allclose(five, expected, rtol=1e-4)
 
 
 def _pickle_bytes(protocol):
@@ -352,6 +487,16 @@ def test_damaged_file_is_named(tmp_path, damage):
     ) as caught:
         load_safetensors(path)
     assert "\n" not in str(caught.value)
+    with pytest.raises(Error, match=r"w\.safetensors: not a whole safetensors file \(.+\)"):
+        load_metadata(path)
+
+
+def test_metadata_are_read_where_there_are_any(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"a": np.zeros(1)}, path)
+    assert load_metadata(path) == {}
+    save_file({"a": np.zeros(1)}, path, metadata={"format": "pt", "step": "4"})
+    assert load_metadata(path) == {"format": "pt", "step": "4"}
 
 
 def test_missing_file_and_folder_are_named(tmp_path):

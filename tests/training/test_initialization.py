@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -9,10 +10,11 @@ from safetensors.numpy import save_file
 
 from jaxcells import Error
 from jaxcells.data.crop_writer import prepare_crop_set
+from jaxcells.export import export_weights
 from jaxcells.models import create_model
 from jaxcells.models.fetch import WeightsUnavailableError
 from jaxcells.models.torch_format import to_torch
-from jaxcells.training import initialization
+from jaxcells.training import checkpoints, initialization
 from jaxcells.training.initialization import (
     Initialization,
     check_no_leak,
@@ -23,11 +25,38 @@ from jaxcells.training.state import create_train_state
 from tests.data.folders import write_folder
 
 
-def fresh_state(num_classes: int, seed: int = 0):
-    model: nn.Module = create_model("resnet18", num_classes=num_classes, width=2)
+def make_state(num_classes: int, seed: int = 0, *, name: str = "resnet18", channels: int = 3):
+    model: nn.Module = create_model(name, num_classes=num_classes, width=2)
     return create_train_state(
-        model, optax.sgd(0.1), sample_shape=(1, 32, 32, 3), key=jax.random.key(seed)
+        model, optax.sgd(0.1), sample_shape=(1, 32, 32, channels), key=jax.random.key(seed)
     )
+
+
+fresh_state = functools.cache(make_state)
+
+
+def save_run(workdir, state, class_names):
+    """A finished run, as far as starting from it goes."""
+    meta = {
+        "step": 0,
+        "class_names": class_names,
+        "normalization": {},
+        "manifest_sha256": "ab" * 32,
+        "model": {"name": "resnet18", "num_classes": len(class_names), "width": 2},
+        "init": {"kind": "random"},
+    }
+    metrics = {"balanced_accuracy": 0.9, "loss": 0.3}
+    checkpoints.save(workdir / "checkpoints", state, meta=meta, metrics=metrics)
+
+
+def start_from(path, state, class_names, **settings):
+    found = find_initialization(str(path), "resnet18", random_if_missing=False, **settings)
+    return initialize(state, found, class_names=class_names)
+
+
+def assert_head_is_of(started, state):
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(started.params["fc"][leaf], state.params["fc"][leaf])
 
 
 @pytest.fixture
@@ -79,6 +108,120 @@ def test_a_wrong_file_is_noticed_before_anything_else(tmp_path):
         find_initialization(str(path), "resnet18", random_if_missing=False)
     with pytest.raises(Error, match="no validated checkpoint to start from"):
         find_initialization(str(tmp_path), "resnet18", random_if_missing=False)
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """A run of three classes, as workdir and as exported file, and its state."""
+    workdir = tmp_path_factory.mktemp("runs") / "earlier"
+    state = make_state(3, seed=1)
+    # Every state starts with zeros here.
+    state.params["fc"]["bias"] = np.array([1, 2, 3], np.float32)
+    state.batch_stats["bn1"]["mean"] = np.array([4, 5], np.float32)
+    save_run(workdir, state, ["A", "B", "C"])
+    export_weights(workdir)
+    return workdir, state
+
+
+@pytest.mark.parametrize("form", ["", "weights.safetensors"])
+@pytest.mark.parametrize(
+    ("class_names", "why"),
+    [
+        (["A", "B", "C"], None),
+        (["A", "B"], "3 classes there and 2 here"),
+        (["A", "B", "C", "D"], "3 classes there and 4 here"),
+        (["A", "C", "B"], "the classes stand in another order there"),
+        (["A", "B", "D"], "other classes there, such as C"),
+    ],
+)
+def test_the_head_is_taken_over_for_the_same_classes_only(earlier, form, class_names, why):
+    workdir, source = earlier
+    state = fresh_state(len(class_names))
+    started, record = start_from(workdir / form, state, class_names)
+    assert record["kind"] == ("file" if form else "run")
+    assert record["source"] == str(workdir / form)
+    np.testing.assert_array_equal(
+        started.params["layer4_1"]["conv2"]["kernel"], source.params["layer4_1"]["conv2"]["kernel"]
+    )
+    np.testing.assert_array_equal(started.batch_stats["bn1"]["mean"], [4, 5])
+    if why is None:
+        assert_head_is_of(started, source)
+        assert record["tensors"] == "102 tensors loaded"
+    else:
+        assert_head_is_of(started, state)
+        assert record["tensors"].startswith("100 tensors loaded; fc")
+        assert record["tensors"].endswith(f"skipped: new head, {why}")
+
+
+def test_a_head_whose_classes_are_not_known_is_taken_over_loudly(earlier, tmp_path):
+    _, source = earlier
+    tensors = to_torch(source.variables)
+    for number, metadata in enumerate([None, {"class_names": "not JSON"}, {"class_names": "3"}]):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path, metadata=metadata)
+        started, record = start_from(path, fresh_state(3), ["X", "Y", "Z"])
+        assert_head_is_of(started, source)
+        assert record["tensors"].endswith("the head too, which says nothing of its classes")
+
+
+def test_the_first_convolution_fits_other_channels_or_stays_fresh(earlier):
+    workdir, source = earlier
+    there = source.params["conv1"]["kernel"]
+    state = fresh_state(3, channels=5)
+    for path in (workdir, workdir / "weights.safetensors"):
+        started, record = start_from(path, state, ["A", "B", "C"])
+        kernel = started.params["conv1"]["kernel"]
+        np.testing.assert_allclose(kernel.sum(axis=2), there.sum(axis=2), rtol=1e-4, atol=1e-5)
+        assert "adapted to the number of input channels" in record["tensors"]
+        started, record = start_from(path, state, ["A", "B", "C"], conv1="fresh")
+        np.testing.assert_array_equal(
+            started.params["conv1"]["kernel"], state.params["conv1"]["kernel"]
+        )
+        assert record["tensors"].startswith("101 tensors loaded; conv1")
+        assert record["tensors"].endswith(" fresh, as asked for")
+
+
+def test_imagenet_too_may_keep_a_fresh_first_convolution(earlier, monkeypatch):
+    path = earlier[0] / "weights.safetensors"
+    monkeypatch.setattr(initialization, "fetch_imagenet", lambda name: path)
+    found = find_initialization("imagenet", "resnet18", random_if_missing=False, conv1="fresh")
+    assert found == Initialization("imagenet", path, conv1="fresh")
+
+
+def test_layers_that_do_not_fit_are_all_in_the_log(earlier, caplog):
+    workdir, _ = earlier
+
+    def shapes(name):
+        return jax.eval_shape(lambda: make_state(3, name=name))
+
+    with pytest.raises(Error, match=r"earlier: tensors do not fit .* and \d+ more\); ") as caught:
+        start_from(workdir, shapes("resnet50"), ["A", "B", "C"])
+    assert "\n" not in str(caught.value)
+    message = caplog.records[-1].getMessage()
+    assert caplog.records[-1].levelname == "WARNING"
+    assert message.startswith(f"{workdir}: all that does not fit: 165 missing (layer1_0/bn3, ")
+    assert message.endswith("layer4_0/downsample_bn/var: [16] for [64])")
+    assert "more)" not in message
+    caplog.clear()
+    layers = "layer1_2, layer2_2, layer2_3, layer3_2 … layer3_5, layer4_2"
+    with pytest.raises(Error, match=rf"80 missing \({layers}\); "):
+        start_from(workdir, shapes("resnet34"), ["A", "B", "C"])
+    assert not caplog.text  # the message holds all
+
+
+def test_a_file_from_a_run_on_other_crops_is_pointed_out(earlier, tmp_path, caplog):
+    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
+    settings = {"crop_size": 32, "crops_per_class": 9, "split": (5, 2, 2), "split_by": "field"}
+    crop_set = prepare_crop_set(tmp_path / "crops", root, seed=0, **settings)
+    init = Initialization("file", earlier[0] / "weights.safetensors")
+    caplog.clear()
+    check_no_leak(init, crop_set)
+    assert "is not known: give its workdir as --config.init" in caplog.text
+    caplog.clear()
+    check_no_leak(init, dataclasses.replace(crop_set, manifest_sha256="ab" * 32))
+    save_file({"a": np.zeros(1)}, tmp_path / "w.safetensors")
+    check_no_leak(Initialization("file", tmp_path / "w.safetensors"), crop_set)
+    assert not caplog.text
 
 
 def test_a_run_that_saw_what_is_held_out_is_refused(tmp_path):

@@ -1,0 +1,125 @@
+"""Takes a trained network out of its workdir, in a form that other programs read."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from jaxcells import __version__
+from jaxcells.errors import Error
+from jaxcells.models.torch_format import to_torch
+from jaxcells.training.checkpoints import Which, restore_variables
+
+logger = logging.getLogger("jaxcells")
+
+_NORMALIZE = (
+    "input = ((pixel - low) / (high - low) - mean) / std, per channel, without clipping; an image "
+    "of one channel becomes as many equal ones as mean has values"
+)
+
+
+def export_weights(workdir: Path, output: Path | None = None, which: Which = "best") -> Path:
+    """Writes a checkpoint as one safetensors file with the names and layouts of timm and torch.
+
+    The file of a residual network loads unchanged into torchvision's and timm's module of the same
+    name, with strict=True; torch fills in the batch counters. A plain network has the same names
+    without shortcuts; a pre-activation network has names of its own kind, `layer1.1.conv1.weight`
+    for what a scan runs too. Neither torchvision nor timm has a module for these two, nor for other
+    widths than 64. All load here, as --config.init=FILE.
+
+    Parameters and statistics are float32, whatever the dtype of the computation was. The file's
+    metadata hold what using it needs, each value a text: "class_names" (JSON, the position is the
+    label), "normalization" (JSON, with a sentence on how to apply it) and "model" (JSON, arguments
+    of `create_model`); and where it comes from: "step", "manifest_sha256" of the crops, "init" and
+    "jaxcells", our version.
+
+    Args:
+      workdir: the folder of a run.
+      output: a file that is not there yet, *.safetensors; None: weights.safetensors in the
+        workdir, which replaces the one of an earlier export.
+      which: a step, "latest" or "best".
+
+    Returns:
+      The path of the file, which is either whole or not there.
+
+    Raises:
+      Error: `output` exists or has another suffix, no such checkpoint, or it is damaged.
+    """
+    path = workdir / "weights.safetensors" if output is None else output.expanduser()
+    if path.suffix != ".safetensors":
+        raise Error(f"--output={path}: weights are written as safetensors; end it in .safetensors")
+    if output is not None and path.exists():
+        raise Error(f"--output={path}: exists already and is kept; choose another name")
+    if output is not None and not path.parent.is_dir():
+        raise Error(f"--output={path}: there is no folder {path.parent}; make it first")
+    variables, meta = restore_variables(workdir / "checkpoints", which)
+    tensors = to_torch(variables)
+    _write_whole(path, *_serialize(tensors, _metadata(meta)))
+    logger.info(
+        "%s of step %d (%.1f MB) is in %s; %s",
+        *(meta["model"]["name"], meta["step"], path.stat().st_size / 1e6, path),
+        _how_to_load(path, meta["model"], tensors),
+    )
+    return path
+
+
+def _metadata(meta: Mapping[str, Any]) -> dict[str, str]:
+    model = meta["model"]
+    return {
+        "format": "pt",  # what timm and transformers look for
+        "architecture": model["name"],
+        "num_classes": str(model["num_classes"]),
+        "class_names": json.dumps(meta["class_names"]),
+        "normalization": json.dumps({**meta["normalization"], "apply": _NORMALIZE}),
+        "model": json.dumps(model),
+        "step": str(meta["step"]),
+        "manifest_sha256": meta["manifest_sha256"],
+        "init": meta["init"]["kind"],
+        "jaxcells": __version__,
+    }
+
+
+def _serialize(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> tuple[bytes, memoryview]:
+    """Returns header and body of a safetensors file, the same bytes at every call.
+
+    The library alone writes the metadata in an order that changes, and with it the file's hash.
+    """
+    whole = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text, memoryview(whole)[start:]
+
+
+def _write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _how_to_load(path: Path, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    width, channels = tensors["conv1.weight"].shape[:2]
+    if not model["name"].startswith("resnet") or width != 64 or "bn1.weight" not in tensors:
+        return f"torchvision has no such network; --config.init={path} starts a run from it"
+    lines = [
+        "torchvision loads it so:",
+        f"net = torchvision.models.{model['name']}(num_classes={model['num_classes']})",
+        f"net.load_state_dict(safetensors.torch.load_file({str(path)!r}))",
+    ]
+    if channels != 3:
+        lines.insert(2, f"net.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)")
+    return "\n  ".join(lines)
