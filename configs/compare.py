@@ -3,7 +3,7 @@
 python launch.py compare --config configs/compare.py --config.data.root=FOLDER
 
 All are trained on the same crops and split. The same command goes on after an interruption, and
-trains what is added to the lists: `--config.seeds=0,1,2` or `--config.experiments=resnet18,plain18`.
+trains what is added to the lists: `--config.seeds=0,1,2`, `--config.experiments=resnet18,plain18`.
 """
 
 from ml_collections import ConfigDict

@@ -241,6 +241,8 @@ def _mistakes(config: ConfigDict) -> Iterator[str]:
         yield f"model.name={config.model.name!r} has no ImageNet weights; use --config.init=random"
     elif name[1] == "plain" and config.model.zero_init_residual:
         yield "model.zero_init_residual=True would keep a network without shortcuts at zero"
+    elif name[1] != "resnet" and config.model.zero_init_residual:
+        yield "model.zero_init_residual=True needs a norm at the end of a branch; preact has none"
     yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     if not 1 <= config.model.width <= 1024:
         yield f"model.width={config.model.width!r} must be from 1 to 1024"

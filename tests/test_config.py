@@ -92,6 +92,10 @@ def test_all_mistakes_are_reported_at_once():
             {"model__name": "plain18", "init": "random", "model__zero_init_residual": True},
             "without shortcuts at zero",
         ),
+        (
+            {"model__name": "preact18", "init": "random", "model__zero_init_residual": True},
+            "preact has none",
+        ),
         ({"data__source": "folder"}, r"set --config\.data\.root=FOLDER"),
         ({"data__source": "sample", "data__root": "x"}, "leave one of them out"),
         ({"data__source": "web"}, "must be folder, sample, tfds:NAME or empty"),
