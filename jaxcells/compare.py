@@ -102,11 +102,18 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
         if not trained:
             raise Error(_failed(failures))
         done = [e for e in experiments if e.label in trained]
+        opened = [e.label for e in done if (folders[e.label] / "results.json").exists()]
         choice = _choose(done, trained, data, base.seed)
         if _is_primary():
             (workdir / "compare").mkdir(exist_ok=True)
             write_json(workdir / "compare" / "choice.json", choice.to_dict())
-        logger.info("chosen by validation: %s; now the test split is opened", choice.chosen)
+        logger.info(
+            "chosen by validation: %s; %s",
+            choice.chosen,
+            f"the test split was opened before for {', '.join(opened)}"
+            if opened
+            else "now the test split is opened",
+        )
 
         def test(experiment: Experiment) -> Results:
             folder = folders[experiment.label]
@@ -116,7 +123,9 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
 
         tested = _for_each(done, failures, test)
         if _is_primary():
-            _report(workdir, base, experiments, folders, trained, tested, choice, failures, data)
+            _report(
+                workdir, base, experiments, folders, trained, tested, choice, opened, failures, data
+            )
         if failures:
             raise Error(_failed(failures))
 
@@ -228,6 +237,7 @@ def _report(
     trained: Mapping[str, tuple[Progress, np.ndarray]],
     tested: Mapping[str, Results],
     choice: Choice,
+    opened: Sequence[str],
     failures: Failures,
     data: PreparedData,
 ) -> None:
@@ -320,6 +330,8 @@ def _report(
         {
             "choice": choice.to_dict(),
             "experiments": [dataclasses.asdict(row) for row in rows],
+            # Not empty when a comparison is run again, with more experiments for instance.
+            "tested_before_choice": opened,
             "test_comparisons": {"chosen": choice.chosen, "with": comparisons},
             "folders": {label: os.path.relpath(path, workdir) for label, path in folders.items()},
             "failures": failures,

@@ -90,6 +90,7 @@ def test_a_comparison_leaves_tables_figures_and_whole_workdirs(finished):
     assert column(finished / "compare" / "table.csv", "seeds") == ["0 1", "0 1"]
     found = read(finished / "compare" / "compare.json")
     assert found["failures"] == {}
+    assert found["tested_before_choice"] == []
     for label in LABELS:
         folder = finished / found["folders"][label]
         results = read(folder / "results.json")
@@ -231,6 +232,8 @@ def test_stopped_anywhere_it_goes_on_there_and_trains_nothing_twice(
     compare(base, four[1:], workdir)
     assert calls == 4 * STEPS + 1
     assert column(workdir / "compare" / "table.csv", "seeds") == ["1", "0 1"]
+    # By then their test figures had been seen, and the record says so.
+    assert read(workdir / "compare" / "compare.json")["tested_before_choice"] == LABELS[1:]
 
 
 def test_one_that_fails_is_reported_and_the_others_go_on(experiments, tmp_path, monkeypatch):
