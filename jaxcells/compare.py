@@ -42,6 +42,7 @@ from jaxcells.experiment import (
     prepare_together,
     train_run,
 )
+from jaxcells.files import write_whole
 from jaxcells.logs import read_metrics
 from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
@@ -316,7 +317,8 @@ def _report(
         )
     write_table_csv(directory / "table.csv", rows)
     markdown = table_markdown(rows, choice, comparisons)
-    (directory / "table.md").write_text(markdown, encoding="utf-8")
+    with write_whole(directory / "table.md") as file:
+        file.write(markdown)
     plot_accuracy_against_time(rows, directory / "accuracy_against_time.png")
     plot_curves_together(
         {

@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxcells.data.loader import num_batches, train_batches
 from jaxcells.data.normalization import Normalization, fit_normalization
 from jaxcells.errors import Error
 from jaxcells.evaluation.gradient_figures import describe_gradients, plot_gradients
+from jaxcells.files import write_whole
 from jaxcells.models import MODEL_NAMES, create_model
 from jaxcells.prepare import prepare_data
 from jaxcells.training import mesh, optim, steps
@@ -92,7 +92,8 @@ def compare_gradients(config: ConfigDict, workdir: Path) -> None:
         _write_csv(directory / "losses.csv", losses)
         plot_gradients(rows, losses, directory / "gradients.png")
         caption = describe_gradients(rows, losses, setting=_setting(config, train_set))
-        _write_text(directory / "gradients.md", caption)
+        with write_whole(directory / "gradients.md") as file:
+            file.write(caption + "\n")
         print(caption)
         logger.info("figure, caption and numbers are in %s", directory)
 
@@ -183,17 +184,9 @@ def _setting(config: ConfigDict, train_set: SplitArrays) -> str:
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows with the same keys; None as an empty cell, infinity and NaN as inf and nan."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with write_whole(path) as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(
             {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
-    os.replace(partial, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import tensorboardX
 from tqdm import tqdm
+
+from jaxcells.files import write_whole
 
 logger = logging.getLogger("jaxcells")
 
@@ -54,9 +55,8 @@ class MetricWriter:
     def __init__(self, workdir: Path, first_step: int) -> None:
         self._path = workdir / "metrics.jsonl"
         kept = [record for record in read_metrics(self._path) if record["step"] <= first_step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        with write_whole(self._path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True

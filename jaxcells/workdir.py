@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import filelock
 
 from jaxcells.errors import Error
+from jaxcells.files import write_whole
 
 
 @contextlib.contextmanager
@@ -35,13 +35,9 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON that is either whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with write_whole(path) as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_json(path: Path) -> Any:

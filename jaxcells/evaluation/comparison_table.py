@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from jaxcells.evaluation.comparison import Choice
 from jaxcells.evaluation.metrics import shortened
+from jaxcells.files import write_whole
 
 _WIDTH = 100  # of the text; Markdown may be wider
 _SHORTEST_NAME = 12
@@ -73,14 +73,11 @@ def write_table_csv(path: str | Path, rows: Sequence[Row]) -> None:
     The columns of each split are `validation_balanced_accuracy`, `…_deviation` over seeds,
     `…_low` and `…_high` (the 95 % interval), and the same of `accuracy`.
     """
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with write_whole(Path(path)) as file:
         lines = [_csv_line(row) for row in rows]
         writer = csv.DictWriter(file, _csv_line(Row("")).keys())
         writer.writeheader()
         writer.writerows(lines)
-    os.replace(partial, path)
 
 
 def table_markdown(

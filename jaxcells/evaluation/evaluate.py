@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import datetime
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxcells.data.loader import Batch, eval_batches, num_batches
 from jaxcells.data.manifest import CropRecord
 from jaxcells.data.normalization import Normalization
 from jaxcells.evaluation.metrics import classification_metrics
+from jaxcells.files import write_whole
 from jaxcells.models import create_model
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import Which, restore_variables
@@ -121,8 +121,7 @@ def write_predictions(
     class_names: Sequence[str],
 ) -> None:
     """Writes a line per crop: path, label, prediction, source, group, one probability a class."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with write_whole(path) as file:
         writer = csv.writer(file)
         writer.writerow(
             ["path", "label", "prediction", "source", "group"]
@@ -134,7 +133,6 @@ def write_predictions(
                 [record.crop, record.label, prediction, record.source, record.group]
                 + [f"{value:.6g}" for value in row]
             )
-    os.replace(partial, path)
 
 
 def write_history(workdir: Path, verb: str, split: str, step: int) -> int:

@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from jaxcells.files import write_whole
 from jaxcells.models.layers import MaxPool
 
 _COLUMNS = (
@@ -143,15 +143,13 @@ def layer_table(layers: Sequence[Layer]) -> str:
 
 def write_layers_csv(path: Path, layers: Iterable[Layer]) -> None:
     """Writes a line per layer under the names of its attributes; an output is written `HxWxC`."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with write_whole(path) as file:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
         for layer in layers:
             row = dataclasses.asdict(layer) | {"output": _by(layer.output)}
             row["receptive_field"] = layer.receptive_field or "all"
             writer.writerow(row)
-    os.replace(partial, path)
 
 
 def _layer(module: nn.Module, params: Mapping[str, jax.Array], output: tuple[int, ...]) -> Layer:

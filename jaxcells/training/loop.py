@@ -118,7 +118,10 @@ def train(
         progress = Progress(**meta["progress"])
         normalization = Normalization.from_dict(meta["normalization"])
         init_record = meta["init"]
-        logger.info("resuming at step %d of %d", int(state.step), num_steps)
+        if state.step < num_steps:
+            logger.info("resuming at step %d of %d", int(state.step), num_steps)
+        else:
+            logger.info("all %d steps are trained", num_steps)
     else:
         state, init_record = initialize(create(init_key), init, class_names=class_names)
         progress = Progress(prepare_s=data.seconds)
