@@ -104,7 +104,12 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
             raise Error(_failed(failures))
         done = [e for e in experiments if e.label in trained]
         opened = [e.label for e in done if (folders[e.label] / "results.json").exists()]
-        choice = _choose(done, trained, data, base.seed)
+        seconds = {
+            e.label: trained[e.label][0].activations_s
+            + _epoch_seconds(folders[e.label], e.config, data)
+            for e in done
+        }
+        choice = _choose(done, trained, seconds, data, base.seed)
         if _is_primary():
             (workdir / "compare").mkdir(exist_ok=True)
             write_json(workdir / "compare" / "choice.json", choice.to_dict())
@@ -125,7 +130,17 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
         tested = _for_each(done, failures, test)
         if _is_primary():
             _report(
-                workdir, base, experiments, folders, trained, tested, choice, opened, failures, data
+                workdir,
+                base,
+                experiments,
+                folders,
+                trained,
+                tested,
+                seconds,
+                choice,
+                opened,
+                failures,
+                data,
             )
         if failures:
             raise Error(_failed(failures))
@@ -191,19 +206,36 @@ def _read_predictions(path: Path, split: SplitArrays, class_names: Sequence[str]
     return np.array([label[row["prediction"]] for row in rows])
 
 
+def _epoch_seconds(folder: Path, config: ConfigDict, data: PreparedData) -> float:
+    """Returns what all epochs take on an idle machine: those of a phase by their median.
+
+    The clock alone would also measure what else the machine did meanwhile, and "the fastest" is
+    chosen by it.
+    """
+    num_images = len(data.arrays["train"].labels)
+    epochs = [
+        num_images / record["images_per_second"]
+        for record in read_metrics(folder / "metrics.jsonl")
+        if record["split"] == "train"
+    ]
+    boundary = config.optim.freeze_epochs if config.optim.freeze else 0
+    phases = [phase for phase in (epochs[:boundary], epochs[boundary:]) if phase]
+    return sum(len(phase) * float(np.median(phase)) for phase in phases)
+
+
 def _choose(
     done: Sequence[Experiment],
     trained: Mapping[str, tuple[Progress, np.ndarray]],
+    seconds: Mapping[str, float],
     data: PreparedData,
     seed: int,
 ) -> Choice:
     split = data.arrays["val"]
-    progress = {label: progress for label, (progress, _) in trained.items()}
     return choose(
         _by_name(done, {label: predicted for label, (_, predicted) in trained.items()}),
         split.labels,
         split.groups,
-        {name: _mean(done, name, lambda e: progress[e.label].train_s) for name in _names(done)},
+        {name: _mean(done, name, lambda e: seconds[e.label]) for name in _names(done)},
         class_names=data.crop_set.class_names,
         seed=seed,
     )
@@ -237,6 +269,7 @@ def _report(
     folders: Mapping[str, Path],
     trained: Mapping[str, tuple[Progress, np.ndarray]],
     tested: Mapping[str, Results],
+    seconds: Mapping[str, float],
     choice: Choice,
     opened: Sequence[str],
     failures: Failures,
@@ -279,14 +312,13 @@ def _report(
         ]
         if not mine:
             return Row(name, failure="; ".join(failed))
-        timing = {e.label: tested[e.label]["timing"] for e in mine}
         shape = data.arrays["train"].images.shape[1:]
         model = create_model(**tested[mine[0].label]["model"])
         channels = 3 if shape[-1] == 1 else shape[-1]
         parameters, multiply_adds = totals(summarize(model, (*shape[:2], channels)))
 
-        def mean(key: str) -> float:
-            return _mean(mine, name, lambda e: timing[e.label][key])
+        train_s = _mean(mine, name, lambda e: seconds[e.label])
+        num_epochs = mine[0].config.train.num_epochs
 
         return Row(
             name,
@@ -295,10 +327,12 @@ def _report(
             test=figures("test", name),
             parameters=parameters,
             multiply_adds=multiply_adds,
-            train_s=mean("train_s"),
-            epoch_s=mean("train_s") / mine[0].config.train.num_epochs,
-            train_images_per_second=mean("train_images_per_second"),
-            eval_images_per_second=mean("eval_images_per_second"),
+            train_s=train_s,
+            epoch_s=train_s / num_epochs,
+            train_images_per_second=num_epochs * len(data.arrays["train"].labels) / train_s,
+            eval_images_per_second=_mean(
+                mine, name, lambda e: tested[e.label]["timing"]["eval_images_per_second"]
+            ),
             step_memory_bytes=max(tested[e.label]["memory"]["train_step_bytes"] for e in mine),
             chosen=name == choice.chosen,
             failure="; ".join(failed) or None,
@@ -334,6 +368,7 @@ def _report(
             "experiments": [dataclasses.asdict(row) for row in rows],
             # Not empty when a comparison is run again, with more experiments for instance.
             "tested_before_choice": opened,
+            "timing": {label: results["timing"] for label, results in tested.items()},
             "test_comparisons": {"chosen": choice.chosen, "with": comparisons},
             "folders": {label: os.path.relpath(path, workdir) for label, path in folders.items()},
             "failures": failures,

@@ -19,6 +19,7 @@ from jaxcells import compare as comparison
 from jaxcells.compare import compare
 from jaxcells.config import expand_comparison
 from jaxcells.evaluation.comparison import choose
+from jaxcells.logs import read_metrics
 from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps, restore_variables
 from jaxcells.training.signals import Interrupted
@@ -83,6 +84,33 @@ def column(path, name):
         return [row[name] for row in csv.DictReader(file)]
 
 
+def training_seconds(workdir, name):
+    """The median epoch of 40 crops, twice; the mean of both seeds."""
+    of_seeds = []
+    for seed in (0, 1):
+        records = read_metrics(workdir / "experiments" / f"{name}_seed{seed}" / "metrics.jsonl")
+        epochs = [40 / r["images_per_second"] for r in records if r["split"] == "train"]
+        of_seeds.append(2 * np.median(epochs))
+    return np.mean(of_seeds)
+
+
+def test_phases_of_different_speed_are_timed_apart(experiments, tmp_path, monkeypatch):
+    first = experiments[1][0]
+    config = first.config.copy_and_resolve_references()
+    config.optim.freeze, config.optim.freeze_epochs = ("(?!fc)",), 3
+    rates = [40, 40, 4, 1, 2, 2, 0.1]  # of three frozen epochs and four others
+    monkeypatch.setattr(
+        comparison,
+        "read_metrics",
+        lambda path: (
+            [{"split": "train", "images_per_second": rate} for rate in rates] + [{"split": "val"}]
+        ),
+    )
+    arrays = {"train": type("Split", (), {"labels": range(40)})}
+    data = type("Data", (), {"arrays": arrays})
+    assert comparison._epoch_seconds(tmp_path, config, data) == 3 * 1 + 4 * 30
+
+
 def test_a_comparison_leaves_tables_figures_and_whole_workdirs(finished):
     for name in ("table.csv", "table.md", "curves.png", "accuracy_against_time.png"):
         assert (finished / "compare" / name).stat().st_size > 100
@@ -108,9 +136,10 @@ def test_a_comparison_leaves_tables_figures_and_whole_workdirs(finished):
             assert rows[name][split]["balanced_accuracy"] == pytest.approx(np.mean(values))
             deviation = rows[name][split]["deviation"]["balanced_accuracy"]
             assert deviation == pytest.approx(np.std(values, ddof=1))
-        seconds = [results["timing"]["train_s"] for results in of]
-        assert rows[name]["train_s"] == pytest.approx(np.mean(seconds))
-        assert rows[name]["epoch_s"] == pytest.approx(np.mean(seconds) / 2)
+        seconds = training_seconds(finished, name)
+        assert rows[name]["train_s"] == pytest.approx(seconds)
+        assert rows[name]["epoch_s"] == pytest.approx(seconds / 2)
+        assert rows[name]["train_images_per_second"] == pytest.approx(2 * 40 / seconds)
     # Counted independently, in test_resnet and test_summary, at other sizes.
     assert rows["resnet18"]["parameters"] > rows["plain18"]["parameters"]
     assert rows["resnet18"]["multiply_adds"] > rows["plain18"]["multiply_adds"]
@@ -143,7 +172,7 @@ def test_the_choice_follows_from_validation_alone(finished):
             [int(p == "B") for p in column(f / "predictions_val.csv", "prediction")]
             for f in folders
         ]
-        seconds[name] = np.mean([read(f / "results.json")["timing"]["train_s"] for f in folders])
+        seconds[name] = training_seconds(finished, name)
     groups = column(folder / "predictions_val.csv", "group")
     expected = choose(predictions, labels, groups, seconds, class_names=["A", "B"], seed=0)
     assert found == json.loads(json.dumps(expected.to_dict()))

@@ -27,11 +27,12 @@ class Row:
       test: figures of the test split, from `split_figures`.
       parameters: number of them.
       multiply_adds: of one crop, forward.
-      train_s: seconds of training one seed, compilation apart; the mean over seeds.
+      train_s: seconds of training one seed, its epochs by their median, compilation apart; the
+        mean over seeds.
       epoch_s: seconds of one epoch of it.
       train_images_per_second: in training.
       eval_images_per_second: in evaluation.
-      step_memory_bytes: peak memory of a training step.
+      step_memory_bytes: device memory that a training step needs.
       chosen: whether the rule chose it.
       failure: why it, or one of its seeds, was not trained to the end.
     """
@@ -156,8 +157,8 @@ def _blocks(
             f"Accuracy: {over_seeds}95 % interval over independent fields (groups).",
             _figures_table(shown, marked),
             *_interval_notes(shown),
-            "Cost: training time of one seed, compilation apart; multiply-adds of one crop, "
-            "forward; peak memory of a training step.",
+            "Cost: training time of one seed (its epochs by their median, compilation apart); "
+            "multiply-adds of one crop, forward; memory that a training step needs.",
             _cost_table(shown, marked),
         ]
     blocks += [f"{row.name} {row.status}: {_one_line(row.failure)}" for row in rows if row.failure]
