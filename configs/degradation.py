@@ -3,7 +3,11 @@
 python launch.py compare --config configs/degradation.py
 
 The experiment of He et al. 2016, section 4.1, at a size for two cores: the four networks have equal
-seeds, crops and settings and differ in their names alone. What counts is the training loss.
+seeds, crops and settings and differ in their names alone. What counts is the training loss, in
+compare/curves.png. Takes about 10 minutes on two cores. Found there, in the last of 16 epochs, with
+both seeds: plain-18 0.03 and 0.16, plain-34 1.04 and 1.09 (chance is ln 3 = 1.10), ResNet-18 0.008
+and 0.003, ResNet-34 0.07 and 0.007. The deeper plain network does not train at all, which is more
+than the paper's degradation; with shortcuts both depths fit, the deeper one no better.
 """
 
 from ml_collections import ConfigDict
