@@ -58,6 +58,23 @@ logger = logging.getLogger("jaxcells")
 Failures = dict[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """An experiment before its test split is opened.
+
+    Attributes:
+      progress: what `train_run` returned.
+      predictions: predicted classes of the validation split, int [N].
+      seconds: of training, see `_epoch_seconds`.
+      was_tested: whether its test split has been opened before, by an earlier call.
+    """
+
+    progress: Progress
+    predictions: np.ndarray
+    seconds: float
+    was_tested: bool
+
+
 def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) -> None:
     """Trains, chooses, tests, and writes compare/ in the workdir.
 
@@ -76,9 +93,10 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with lock_workdir(workdir) if _is_primary() else contextlib.nullcontext():
-        folders = {e.label: workdir / "experiments" / e.label for e in experiments}
         failures: Failures = {}
-        starts = _for_each(experiments, failures, lambda e: _find_start(e.config, folders[e.label]))
+        starts = _for_each(
+            experiments, failures, lambda e: _find_start(e.config, _folder(workdir, e))
+        )
         if not starts:
             raise Error(_failed(failures))
         note = mesh.accelerator_note()
@@ -91,59 +109,53 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
             environment = {**describe_environment(), "devices": mesh.describe_devices()}
             write_json(workdir / "environment.json", environment)
 
-        def train(experiment: Experiment) -> tuple[Progress, np.ndarray]:
+        def train(experiment: Experiment) -> _Trained:
             number = experiments.index(experiment) + 1
             logger.info("experiment %d of %d: %s", number, len(experiments), experiment.label)
-            folder = folders[experiment.label]
+            folder = _folder(workdir, experiment)
             _share_crops(workdir, folder)
             progress = train_run(experiment.config, folder, data, starts[experiment.label])
-            return progress, _validation_predictions(folder, data)
+            return _Trained(
+                progress=progress,
+                predictions=_validation_predictions(folder, data),
+                seconds=progress.activations_s + _epoch_seconds(folder, experiment.config, data),
+                was_tested=(folder / "results.json").exists(),
+            )
 
         trained = _for_each([e for e in experiments if e.label in starts], failures, train)
         if not trained:
             raise Error(_failed(failures))
         done = [e for e in experiments if e.label in trained]
-        opened = [e.label for e in done if (folders[e.label] / "results.json").exists()]
-        seconds = {
-            e.label: trained[e.label][0].activations_s
-            + _epoch_seconds(folders[e.label], e.config, data)
-            for e in done
-        }
-        choice = _choose(done, trained, seconds, data, base.seed)
+        choice = _choose(done, trained, data, base.seed)
         if _is_primary():
             (workdir / "compare").mkdir(exist_ok=True)
             write_json(workdir / "compare" / "choice.json", choice.to_dict())
+        before = [label for label in trained if trained[label].was_tested]
         logger.info(
             "chosen by validation: %s; %s",
             choice.chosen,
-            f"the test split was opened before for {', '.join(opened)}"
-            if opened
+            f"the test split was opened before, for {', '.join(before)}"
+            if before
             else "now the test split is opened",
         )
 
         def test(experiment: Experiment) -> Results:
-            folder = folders[experiment.label]
-            if (folder / "results.json").exists():
+            folder = _folder(workdir, experiment)
+            if trained[experiment.label].was_tested:
                 return read_json(folder / "results.json")
-            return open_test_split(experiment.config, folder, data, trained[experiment.label][0])
+            return open_test_split(
+                experiment.config, folder, data, trained[experiment.label].progress
+            )
 
         tested = _for_each(done, failures, test)
         if _is_primary():
-            _report(
-                workdir,
-                base,
-                experiments,
-                folders,
-                trained,
-                tested,
-                seconds,
-                choice,
-                opened,
-                failures,
-                data,
-            )
+            _report(workdir, experiments, trained, tested, choice, failures, data, base.seed)
         if failures:
             raise Error(_failed(failures))
+
+
+def _folder(workdir: Path, experiment: Experiment) -> Path:
+    return workdir / "experiments" / experiment.label
 
 
 def _for_each(
@@ -224,18 +236,14 @@ def _epoch_seconds(folder: Path, config: ConfigDict, data: PreparedData) -> floa
 
 
 def _choose(
-    done: Sequence[Experiment],
-    trained: Mapping[str, tuple[Progress, np.ndarray]],
-    seconds: Mapping[str, float],
-    data: PreparedData,
-    seed: int,
+    done: Sequence[Experiment], trained: Mapping[str, _Trained], data: PreparedData, seed: int
 ) -> Choice:
     split = data.arrays["val"]
     return choose(
-        _by_name(done, {label: predicted for label, (_, predicted) in trained.items()}),
+        _by_name(done, {label: t.predictions for label, t in trained.items()}),
         split.labels,
         split.groups,
-        {name: _mean(done, name, lambda e: seconds[e.label]) for name in _names(done)},
+        {name: _mean(done, name, lambda e: trained[e.label].seconds) for name in _names(done)},
         class_names=data.crop_set.class_names,
         seed=seed,
     )
@@ -264,29 +272,24 @@ def _mean(
 
 def _report(
     workdir: Path,
-    base: ConfigDict,
     experiments: Sequence[Experiment],
-    folders: Mapping[str, Path],
-    trained: Mapping[str, tuple[Progress, np.ndarray]],
+    trained: Mapping[str, _Trained],
     tested: Mapping[str, Results],
-    seconds: Mapping[str, float],
     choice: Choice,
-    opened: Sequence[str],
     failures: Failures,
     data: PreparedData,
+    seed: int,
 ) -> None:
     """Writes the table, the figures and compare.json, and prints the table."""
     directory, class_names = workdir / "compare", data.crop_set.class_names
     done = [e for e in experiments if e.label in tested]
     predictions = {
-        "validation": _by_name(
-            done, {label: predicted for label, (_, predicted) in trained.items()}
-        ),
+        "validation": _by_name(done, {label: t.predictions for label, t in trained.items()}),
         "test": _by_name(
             done,
             {
                 e.label: _read_predictions(
-                    folders[e.label] / "predictions_test.csv", data.arrays["test"], class_names
+                    _folder(workdir, e) / "predictions_test.csv", data.arrays["test"], class_names
                 )
                 for e in done
             },
@@ -300,7 +303,7 @@ def _report(
             arrays.labels,
             arrays.groups,
             class_names=class_names,
-            seed=base.seed,
+            seed=seed,
         )
 
     def row(name: str) -> Row:
@@ -317,7 +320,7 @@ def _report(
         channels = 3 if shape[-1] == 1 else shape[-1]
         parameters, multiply_adds = totals(summarize(model, (*shape[:2], channels)))
 
-        train_s = _mean(mine, name, lambda e: seconds[e.label])
+        train_s = _mean(mine, name, lambda e: trained[e.label].seconds)
         num_epochs = mine[0].config.train.num_epochs
 
         return Row(
@@ -347,7 +350,7 @@ def _report(
             data.arrays["test"].labels,
             data.arrays["test"].groups,
             class_names=class_names,
-            seed=base.seed,
+            seed=seed,
         )
     write_table_csv(directory / "table.csv", rows)
     markdown = table_markdown(rows, choice, comparisons)
@@ -356,7 +359,9 @@ def _report(
     plot_accuracy_against_time(rows, directory / "accuracy_against_time.png")
     plot_curves_together(
         {
-            name: [read_metrics(folders[e.label] / "metrics.jsonl") for e in done if e.name == name]
+            name: [
+                read_metrics(_folder(workdir, e) / "metrics.jsonl") for e in done if e.name == name
+            ]
             for name in _names(done)
         },
         directory / "curves.png",
@@ -367,10 +372,12 @@ def _report(
             "choice": choice.to_dict(),
             "experiments": [dataclasses.asdict(row) for row in rows],
             # Not empty when a comparison is run again, with more experiments for instance.
-            "tested_before_choice": opened,
+            "tested_before_choice": [label for label in trained if trained[label].was_tested],
             "timing": {label: results["timing"] for label, results in tested.items()},
             "test_comparisons": {"chosen": choice.chosen, "with": comparisons},
-            "folders": {label: os.path.relpath(path, workdir) for label, path in folders.items()},
+            "folders": {
+                e.label: str(_folder(workdir, e).relative_to(workdir)) for e in experiments
+            },
             "failures": failures,
             "init": {label: results["init"] for label, results in tested.items()},
             "environment": read_json(workdir / "environment.json"),
