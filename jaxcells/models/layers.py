@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxcells.models.scan_conv import convolve, scan_convolve
+
 # Fan-out keeps the variance of the gradient through a layer and its ReLU (He et al. 2015, Delving
 # deep into rectifiers, section 2.2); as in torchvision.
 _he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -32,12 +34,14 @@ class Conv(nn.Module):
         kernel_size: side of the kernel, odd.
         stride: step in both directions.
         dtype: dtype of the computation and the output; the kernel `[k, k, C, O]` is float32.
+        in_scan: the layer runs in a scan over layers, see `scan_conv`.
     """
 
     features: int
     kernel_size: int
     stride: int = 1
     dtype: DTypeLike = jnp.float32
+    in_scan: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,13 +49,8 @@ class Conv(nn.Module):
         size = self.kernel_size
         shape = (size, size, x.shape[-1], self.features)
         kernel = self.param("kernel", _he_normal_fan_out, shape, jnp.float32)
-        return lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=[(size // 2, size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        convolution = scan_convolve if self.in_scan else convolve
+        return convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
 
 
 # Flax counts what it keeps, torch what it replaces: 0.9 is torch's 0.1.

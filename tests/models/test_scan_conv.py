@@ -1,0 +1,84 @@
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcells.models import scan_conv
+from jaxcells.models.layers import Conv
+from jaxcells.models.scan_conv import convolve, scan_convolve
+
+
+def _draw(*shape, seed=0, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def _pull_back(function, x, kernel):
+    """The output, and the gradients with respect to images and kernel for some cotangent."""
+    y, vjp = jax.vjp(function, x, kernel)
+    return y, *vjp(_draw(*y.shape, seed=2, dtype=y.dtype))
+
+
+# The plain convolution is compared with its definition in test_layers.py.
+@pytest.mark.parametrize("shape", [(8, 8), (7, 10), (2, 1)])
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (5, 3)])
+def test_values_and_gradients_are_those_of_the_plain_convolution(shape, size, stride):
+    x, kernel = _draw(3, *shape, 4), _draw(size, size, 4, 6, seed=1)
+    expected = _pull_back(partial(convolve, stride=stride), x, kernel)
+    actual = _pull_back(partial(scan_convolve, stride=stride), x, kernel)
+    for ours, plain in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_the_same_on_accelerators():
+    operands = _draw(2, 5, 6, 3), _draw(3, 3, 3, 4, seed=1), _draw(2, 3, 3, 4, seed=2)
+    for there, here in zip(
+        scan_conv._gradients(*operands, stride=2),
+        scan_conv._canonical_gradients(*operands, stride=2),
+        strict=True,
+    ):
+        np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5)
+
+
+def _axis_orders(convolution):
+    """Orders of axes in the compiled gradient of a scan over three convolutions."""
+
+    def loss(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (convolution(x, kernel), None), x, kernels)[0].sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    text = gradient.lower(_draw(2, 8, 8, 4), _draw(3, 3, 3, 4, 4)).compile().as_text()
+    assert "conditional(" not in text  # the choice of the platform is made before
+    return set(re.findall(r"dim_labels=(\S+?)[,\s]", text))
+
+
+def test_compiled_loop_holds_only_convolutions_that_are_fast_there():
+    fast = {"b01f_01io->b01f"}
+    assert _axis_orders(scan_convolve) == fast
+    assert _axis_orders(convolve) > fast  # else XLA learned it, and this module can go
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_bfloat16_gradients_are_summed_in_float32(size):
+    # Each element of the kernel's gradient is a sum of 16,384 numbers near 1.
+    x = 1 + _draw(64, 16, 16, 4, dtype=jnp.bfloat16) / 8
+    kernel = jnp.ones((size, size, 4, 4), jnp.bfloat16)
+    cotangent = 1 + _draw(64, 16, 16, 4, seed=2, dtype=jnp.bfloat16) / 8
+
+    _, gradient = jax.vjp(scan_convolve, x, kernel)[1](cotangent)
+
+    exact = jax.vjp(convolve, x.astype(jnp.float32), kernel.astype(jnp.float32))[1]
+    _, expected = exact(cotangent.astype(jnp.float32))
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=2**-8)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_layer_is_the_same_in_a_scan(size):
+    layer, x = Conv(6, size, 2), _draw(2, 7, 8, 4)
+    variables = layer.init(jax.random.key(0), x)
+    scanned = layer.clone(in_scan=True)
+    jax.tree.map(np.testing.assert_array_equal, scanned.init(jax.random.key(0), x), variables)
+    np.testing.assert_allclose(scanned.apply(variables, x), layer.apply(variables, x), atol=1e-5)
