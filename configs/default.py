@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # "imagenet", "random", a .safetensors file, or the workdir of an earlier run.
     config.init = "imagenet"
-    # First convolution for images of other than 3 channels: "adapt" the kernels of `init` (summed
-    # for one channel, averaged and rescaled for more), or "fresh": at random.
+    # First convolution: "adapt" the kernels of `init` to images of other than 3 channels (averaged
+    # and rescaled), or "fresh": at random, whatever the images.
     config.init_conv1 = "adapt"
 
     config.model = ConfigDict()

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import gc
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,12 @@ from jaxcells.evaluation.comparison_table import (
     table_text,
     write_table_csv,
 )
-from jaxcells.evaluation.evaluate import load_network, predict_split, write_predictions
+from jaxcells.evaluation.evaluate import (
+    has_opened,
+    load_network,
+    predict_split,
+    write_predictions,
+)
 from jaxcells.experiment import (
     Results,
     check_config,
@@ -48,7 +54,7 @@ from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
 from jaxcells.prepare import PreparedData
 from jaxcells.training import mesh
-from jaxcells.training.initialization import Initialization
+from jaxcells.training.checkpoints import list_steps
 from jaxcells.training.meter import Progress
 from jaxcells.training.signals import Interrupted
 from jaxcells.workdir import lock_workdir, read_json, write_json
@@ -57,19 +63,21 @@ logger = logging.getLogger("jaxcells")
 
 Failures = dict[str, str]
 
+_PREDICTIONS = "predictions_val.csv"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
     """An experiment before its test split is opened.
 
     Attributes:
-      progress: what `train_run` returned.
+      progress: what `train_run` returned; None if its results are written already.
       predictions: predicted classes of the validation split, int [N].
-      seconds: of training, see `_epoch_seconds`.
+      seconds: of training, see `Progress.typical_train_s`.
       was_tested: whether its test split has been opened before, by an earlier call.
     """
 
-    progress: Progress
+    progress: Progress | None
     predictions: np.ndarray
     seconds: float
     was_tested: bool
@@ -88,14 +96,19 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
       workdir: the comparison's folder; every run gets one below it.
 
     Raises:
-      Error: nothing could be trained; or, when all else is done, an experiment failed.
+      Error: the workdir is of something else; nothing could be trained; or, when all else is
+        done, an experiment failed.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with lock_workdir(workdir) if _is_primary() else contextlib.nullcontext():
+        if list_steps(workdir / "checkpoints") or (workdir / "results.json").exists():
+            raise Error(f"{workdir} is the workdir of a single run; choose another --workdir")
+        for experiment in experiments:
+            check_config(experiment.config, _folder(workdir, experiment))
         failures: Failures = {}
         starts = _for_each(
-            experiments, failures, lambda e: _find_start(e.config, _folder(workdir, e))
+            experiments, failures, lambda e: find_start(e.config, _folder(workdir, e))
         )
         if not starts:
             raise Error(_failed(failures))
@@ -112,44 +125,43 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
         def train(experiment: Experiment) -> _Trained:
             number = experiments.index(experiment) + 1
             logger.info("experiment %d of %d: %s", number, len(experiments), experiment.label)
-            folder = _folder(workdir, experiment)
+            folder, config = _folder(workdir, experiment), experiment.config
             _share_crops(workdir, folder)
-            progress = train_run(experiment.config, folder, data, starts[experiment.label])
-            return _Trained(
-                progress=progress,
-                predictions=_validation_predictions(folder, data),
-                seconds=progress.activations_s + _epoch_seconds(folder, experiment.config, data),
-                was_tested=(folder / "results.json").exists(),
-            )
+            was_tested = has_opened(folder, "test")
+            if (folder / "results.json").exists():
+                seconds = read_json(folder / "results.json")["timing"]["typical_train_s"]
+                return _Trained(None, _validation_predictions(folder, data), seconds, was_tested)
+            if not list_steps(folder / "checkpoints"):
+                (folder / _PREDICTIONS).unlink(missing_ok=True)
+            with lock_workdir(folder) if _is_primary() else contextlib.nullcontext():
+                progress = train_run(config, folder, data, starts[experiment.label])
+            seconds = progress.typical_train_s(config.optim.freeze_epochs)
+            return _Trained(progress, _validation_predictions(folder, data), seconds, was_tested)
 
         trained = _for_each([e for e in experiments if e.label in starts], failures, train)
         if not trained:
             raise Error(_failed(failures))
         done = [e for e in experiments if e.label in trained]
         choice = _choose(done, trained, data, base.seed)
-        if _is_primary():
-            (workdir / "compare").mkdir(exist_ok=True)
-            write_json(workdir / "compare" / "choice.json", choice.to_dict())
-        before = [label for label in trained if trained[label].was_tested]
-        logger.info(
-            "chosen by validation: %s; %s",
-            choice.chosen,
-            f"the test split was opened before, for {', '.join(before)}"
-            if before
-            else "now the test split is opened",
+        before = _record_choice(
+            workdir / "compare" / "choice.json",
+            choice,
+            [label for label in trained if trained[label].was_tested],
         )
+        opened = (
+            f"had been opened before, for {', '.join(before)}" if before else "was still sealed"
+        )
+        logger.info("chosen by validation: %s; then the test split %s", choice.chosen, opened)
 
         def test(experiment: Experiment) -> Results:
-            folder = _folder(workdir, experiment)
-            if trained[experiment.label].was_tested:
+            folder, progress = _folder(workdir, experiment), trained[experiment.label].progress
+            if progress is None:
                 return read_json(folder / "results.json")
-            return open_test_split(
-                experiment.config, folder, data, trained[experiment.label].progress
-            )
+            return open_test_split(experiment.config, folder, data, progress)
 
         tested = _for_each(done, failures, test)
         if _is_primary():
-            _report(workdir, experiments, trained, tested, choice, failures, data, base.seed)
+            _report(workdir, experiments, trained, tested, choice, before, failures, data)
         if failures:
             raise Error(_failed(failures))
 
@@ -181,11 +193,6 @@ def _for_each(
     return done
 
 
-def _find_start(config: ConfigDict, folder: Path) -> Initialization:
-    check_config(config, folder)
-    return find_start(config, folder)
-
-
 def _share_crops(workdir: Path, folder: Path) -> None:
     """Lets a run's folder stand for itself, for `evaluate` and all else that reads one."""
     if not _is_primary():
@@ -193,13 +200,14 @@ def _share_crops(workdir: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("crops", "arrays"):
         link = folder / name
-        if not link.is_symlink():
+        if not link.exists():  # copying a comparison may have put the folder there
+            link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(workdir / name, folder), target_is_directory=True)
 
 
 def _validation_predictions(folder: Path, data: PreparedData) -> np.ndarray:
     """Returns the predicted classes, int [N], of the best checkpoint; kept as a table."""
-    path, split = folder / "predictions_val.csv", data.arrays["val"]
+    path, split = folder / _PREDICTIONS, data.arrays["val"]
     if not path.exists():
         network = load_network(folder, "best")
         probabilities, _ = predict_split(network, split, network.meta["batch_size"])
@@ -218,21 +226,28 @@ def _read_predictions(path: Path, split: SplitArrays, class_names: Sequence[str]
     return np.array([label[row["prediction"]] for row in rows])
 
 
-def _epoch_seconds(folder: Path, config: ConfigDict, data: PreparedData) -> float:
-    """Returns what all epochs take on an idle machine: those of a phase by their median.
+def _record_choice(path: Path, choice: Choice, tested: Sequence[str]) -> Sequence[str]:
+    """Writes the choice before any test split is opened for it, once.
 
-    The clock alone would also measure what else the machine did meanwhile, and "the fastest" is
-    chosen by it.
+    Args:
+      path: choice.json.
+      choice: what the rule chose now.
+      tested: labels of the experiments whose test split has been opened before.
+
+    Returns:
+      The labels of those that had been tested when this choice was first made. There are some if
+      experiments were added to a comparison that was finished.
     """
-    num_images = len(data.arrays["train"].labels)
-    epochs = [
-        num_images / record["images_per_second"]
-        for record in read_metrics(folder / "metrics.jsonl")
-        if record["split"] == "train"
-    ]
-    boundary = config.optim.freeze_epochs if config.optim.freeze else 0
-    phases = [phase for phase in (epochs[:boundary], epochs[boundary:]) if phase]
-    return sum(len(phase) * float(np.median(phase)) for phase in phases)
+    record = choice.to_dict()
+    if path.exists():
+        kept = read_json(path)
+        before: list[str] = kept.pop("tested_before_choice")
+        if kept == json.loads(json.dumps(record)):
+            return before
+    if _is_primary():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, record | {"tested_before_choice": list(tested)})
+    return tested
 
 
 def _choose(
@@ -276,12 +291,13 @@ def _report(
     trained: Mapping[str, _Trained],
     tested: Mapping[str, Results],
     choice: Choice,
+    before: Sequence[str],
     failures: Failures,
     data: PreparedData,
-    seed: int,
 ) -> None:
     """Writes the table, the figures and compare.json, and prints the table."""
     directory, class_names = workdir / "compare", data.crop_set.class_names
+    seed = read_json(workdir / "config.json")["seed"]
     done = [e for e in experiments if e.label in tested]
     predictions = {
         "validation": _by_name(done, {label: t.predictions for label, t in trained.items()}),
@@ -370,9 +386,8 @@ def _report(
         directory / "compare.json",
         {
             "choice": choice.to_dict(),
+            "tested_before_choice": before,
             "experiments": [dataclasses.asdict(row) for row in rows],
-            # Not empty when a comparison is run again, with more experiments for instance.
-            "tested_before_choice": [label for label in trained if trained[label].was_tested],
             "timing": {label: results["timing"] for label, results in tested.items()},
             "test_comparisons": {"chosen": choice.chosen, "with": comparisons},
             "folders": {

@@ -131,13 +131,19 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
             "one like it as --config"
         )
     # On the command line, "a,b" arrives as one text.
-    names = [name.strip() for text in base.experiments for name in str(text).split(",")]
-    seeds = tuple(base.seeds)
+    listed = (base.experiments,) if isinstance(base.experiments, str) else base.experiments
+    names = [name.strip() for text in listed for name in str(text).split(",") if name.strip()]
+    seeds = tuple(base.seeds) if isinstance(base.seeds, tuple | list) else (base.seeds,)
     del base.experiments, base.seeds
     validate(base)
     if not names or len(set(names)) < len(names):
         raise Error(f"experiments={','.join(names)!r} must name one or more configs, each once")
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
+    odd = [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]
+    if odd:
+        raise Error(
+            f"experiments: {odd[0]!r} must be the name of a config file in {folder}, without .py"
+        )
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
     paths = {name: folder / f"{name}.py" for name in names}
     missing = [str(path) for path in paths.values() if not path.is_file()]
@@ -180,6 +186,8 @@ def _get_config(path: Path) -> ConfigDict:
         raise Error(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise Error(f"{path}: the file defines no get_config(); see configs/default.py")
     config: ConfigDict = module.get_config()
     return config
 

@@ -105,7 +105,7 @@ def find_start(config: ConfigDict, workdir: Path) -> Initialization:
     check_patterns(
         config.optim.freeze, parse_multipliers(config.optim.multipliers), shapes["params"]
     )
-    if list_steps(workdir / "checkpoints"):
+    if list_steps(workdir / "checkpoints") or (workdir / "results.json").exists():
         return Initialization("random")
     return find_initialization(
         config.init,
@@ -179,6 +179,8 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
     Raises:
       Error: names the keys that differ.
     """
+    if (workdir / "experiments").is_dir():
+        raise Error(f"{workdir} is the workdir of a comparison; choose another --workdir")
     if list_steps(workdir / "checkpoints") or (workdir / "results.json").exists():
         changed = differences(ConfigDict(read_json(workdir / "config.json")), config)
         if changed:
@@ -268,6 +270,7 @@ def open_test_split(
             "compile_s": progress.compile_s + sum(s["compile_s"] for s in seconds.values()),
             "activations_s": progress.activations_s,
             "train_s": progress.train_s,
+            "typical_train_s": progress.typical_train_s(config.optim.freeze_epochs),
             "validate_s": progress.validate_s,
             "checkpoint_s": progress.checkpoint_s,
             "evaluate_s": evaluate_s,

@@ -35,8 +35,9 @@ def export_weights(workdir: Path, output: Path | None = None, which: Which = "be
     Parameters and statistics are float32, whatever the dtype of the computation was. The file's
     metadata hold what using it needs, each value a text: "class_names" (JSON, the position is the
     label), "normalization" (JSON, with a sentence on how to apply it) and "model" (JSON, arguments
-    of `create_model`); and where it comes from: "step", "manifest_sha256" of the crops, "init" and
-    "jaxcells", our version.
+    of `create_model`); and where it comes from: "step", "manifest_sha256" of the crops, "init",
+    "seen" (JSON, the images that it was trained and chosen by, by hash) and "jaxcells", our
+    version.
 
     Args:
       workdir: the folder of a run.
@@ -80,6 +81,7 @@ def _metadata(meta: Mapping[str, Any]) -> dict[str, str]:
         "step": str(meta["step"]),
         "manifest_sha256": meta["manifest_sha256"],
         "init": meta["init"]["kind"],
+        "seen": json.dumps(meta["seen"]),
         "jaxcells": __version__,
     }
 

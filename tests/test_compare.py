@@ -94,23 +94,6 @@ def training_seconds(workdir, name):
     return np.mean(of_seeds)
 
 
-def test_phases_of_different_speed_are_timed_apart(experiments, tmp_path, monkeypatch):
-    first = experiments[1][0]
-    config = first.config.copy_and_resolve_references()
-    config.optim.freeze, config.optim.freeze_epochs = ("(?!fc)",), 3
-    rates = [40, 40, 4, 1, 2, 2, 0.1]  # of three frozen epochs and four others
-    monkeypatch.setattr(
-        comparison,
-        "read_metrics",
-        lambda path: (
-            [{"split": "train", "images_per_second": rate} for rate in rates] + [{"split": "val"}]
-        ),
-    )
-    arrays = {"train": type("Split", (), {"labels": range(40)})}
-    data = type("Data", (), {"arrays": arrays})
-    assert comparison._epoch_seconds(tmp_path, config, data) == 3 * 1 + 4 * 30
-
-
 def test_a_comparison_leaves_tables_figures_and_whole_workdirs(finished):
     for name in ("table.csv", "table.md", "curves.png", "accuracy_against_time.png"):
         assert (finished / "compare" / name).stat().st_size > 100
@@ -175,8 +158,12 @@ def test_the_choice_follows_from_validation_alone(finished):
         seconds[name] = training_seconds(finished, name)
     groups = column(folder / "predictions_val.csv", "group")
     expected = choose(predictions, labels, groups, seconds, class_names=["A", "B"], seed=0)
-    assert found == json.loads(json.dumps(expected.to_dict()))
-    assert found == read(finished / "compare" / "compare.json")["choice"]
+    assert found.pop("tested_before_choice") == []
+    expected = json.loads(json.dumps(expected.to_dict()))
+    for candidate, other in zip(found["candidates"], expected["candidates"], strict=True):
+        # From rounded rates here, from the clock there.
+        assert candidate.pop("seconds") == pytest.approx(other.pop("seconds"))
+    assert found == expected
 
 
 class Sealed(dict):
@@ -256,12 +243,25 @@ def test_stopped_anywhere_it_goes_on_there_and_trains_nothing_twice(
         )
         jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
-    # What is finished is only read; what is added to the lists is trained.
+    choice = read(workdir / "compare" / "choice.json")
+    assert choice["tested_before_choice"] == []
+
+    # What is finished is only read, and the choice stays as it was made; what it left behind is
+    # enough.
     base, four = experiments
+    for label in LABELS:
+        shutil.rmtree(workdir / "experiments" / label / "checkpoints")
+        (workdir / "experiments" / label / "metrics.jsonl").unlink()
+    compare(*experiments, workdir)
+    assert calls == 4 * STEPS + 1
+    assert read(workdir / "compare" / "choice.json") == choice
+    assert read(workdir / "compare" / "compare.json")["tested_before_choice"] == []
+
+    # Of other experiments it is another choice.
     compare(base, four[1:], workdir)
     assert calls == 4 * STEPS + 1
     assert column(workdir / "compare" / "table.csv", "seeds") == ["1", "0 1"]
-    # By then their test figures had been seen, and the record says so.
+    # By then their test figures had been seen, and the record of this other choice says so.
     assert read(workdir / "compare" / "compare.json")["tested_before_choice"] == LABELS[1:]
 
 
@@ -293,6 +293,34 @@ def test_one_that_fails_is_reported_and_the_others_go_on(experiments, tmp_path, 
         compare(base, two[:1], tmp_path / "none")
 
 
+def test_a_signal_in_the_last_step_stops_the_comparison_too(experiments, tmp_path, monkeypatch):
+    def requested(self, step):
+        # Comes in after the last step's question.
+        self.signal, stop = (15 if step == STEPS else 0), False
+        return stop
+
+    monkeypatch.setattr(signals.StopRequest, "requested", requested)
+    with pytest.raises(Interrupted, match="stopped at step 10 of 10"):
+        compare(*experiments, tmp_path)
+    assert list_steps(tmp_path / "experiments" / LABELS[0] / "checkpoints")[-1] == STEPS
+    assert not (tmp_path / "experiments" / LABELS[1]).exists()
+
+
+def test_a_copy_with_the_links_followed_goes_on(finished, experiments, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy", symlinks=False)
+    compare(*experiments, tmp_path / "copy")
+    assert read(tmp_path / "copy" / "compare" / "compare.json")["failures"] == {}
+
+
+def test_runs_and_comparisons_keep_out_of_each_other(finished, experiments, tmp_path):
+    base, four = experiments
+    with pytest.raises(Error, match="is the workdir of a comparison"):
+        experiment.train_and_evaluate(four[0].config, finished)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(Error, match="is the workdir of a single run"):
+        compare(base, four, tmp_path)
+
+
 def test_no_array_stays_on_the_devices(finished, experiments):
     gc.collect()
     before = len(jax.live_arrays())
@@ -305,8 +333,10 @@ def test_other_crops_and_another_config_are_refused(finished, experiments):
     base, four = experiments
     changed = dataclasses.replace(four[0], config=four[0].config.copy_and_resolve_references())
     changed.config.optim.learning_rate = 0.5
+    before = (finished / "compare" / "compare.json").read_bytes()
     with pytest.raises(Error, match=r"optim\.learning_rate was 0\.02, now 0\.5"):
-        compare(base, [changed], finished)
+        compare(base, [four[2], changed], finished)
+    assert (finished / "compare" / "compare.json").read_bytes() == before
     other = base.copy_and_resolve_references()
     other.data.crop_size = 48
     with pytest.raises(Error, match="crop_size"):
@@ -348,7 +378,9 @@ def test_the_default_is_the_four_depths():
         ({"experiments": ("resnet17",)}, "there is no file .*resnet17.py"),
         ({"experiments": ()}, "must name one or more configs"),
         ({"experiments": ("resnet18", "resnet18")}, "each once"),
+        ({"experiments": ("../configs/resnet18",)}, "must be the name of a config file"),
         ({"seeds": (0, 0)}, "each once"),
+        ({"seeds": (True,)}, "must be one or more whole numbers"),
         ({"seeds": (-1,)}, r"resnet18: the config has a mistake:\s+seed=-1"),
         ({"experiments": ("demo",)}, "demo: data.crop_size=100 would need other crops"),
         ({"optim__momentum": 2.0}, r"optim\.momentum"),

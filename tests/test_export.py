@@ -64,6 +64,7 @@ def write_run(workdir, *, name="resnet18", width=2, channels=3, step=4):
             "manifest_sha256": "0123abcd",
             "model": model_args,
             "init": {"kind": "imagenet", "source": "a file"},
+            "seen": {"train": ["0123456789abcdef"], "val": []},
         }
         state = inference_state(model, variables).replace(step=jnp.int32(at))
         checkpoints.save(workdir / "checkpoints", state, meta=meta, metrics=metrics)
@@ -112,6 +113,7 @@ def test_metadata_hold_what_using_the_network_needs(tmp_path):
         "step": "4",
         "manifest_sha256": "0123abcd",
         "init": "imagenet",
+        "seen": '{"train": ["0123456789abcdef"], "val": []}',
         "jaxcells": jaxcells.__version__,
     }
 

@@ -88,7 +88,7 @@ def _open(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays] | Non
         records = crop_set.split(side)
         try:
             images = np.load(directory / f"{side}.npy", mmap_mode="r")
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return None
 
         def differs(row: int, images: np.ndarray = images, records: list = records) -> bool:

@@ -155,6 +155,13 @@ def write_history(workdir: Path, verb: str, split: str, step: int) -> int:
     return 1 + sum(_opens(text, split) for text in before.splitlines())
 
 
+def has_opened(workdir: Path, split: str) -> bool:
+    """Says whether history.jsonl knows of a time when a split of the workdir was opened."""
+    path = workdir / "history.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(_opens(line, split) for line in lines)
+
+
 def _opens(line: str, split: str) -> bool:
     try:
         return json.loads(line)["split"] == split

@@ -8,11 +8,13 @@ quarter turns are no obstacle: a crop has eight of them, and the output of each 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from jaxcells.data.arrays import create_array
+from jaxcells.data.crop_set import file_sha256
 from jaxcells.data.loader import Batch, eval_batches
 from jaxcells.training import mesh
 from jaxcells.training.augment import apply_symmetries
@@ -33,6 +36,24 @@ from jaxcells.training.steps import Normalize
 logger = logging.getLogger("jaxcells")
 
 Images = Mapping[str, np.ndarray]
+
+_RECORD = "record.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Activations on disk.
+
+    Attributes:
+      arrays: memory-mapped [S * N, ...] by split, in the dtype of the computation; symmetry s of
+        image i is row s * N + i.
+      seconds: that computing them took, whenever that was.
+      compile_s: seconds of compilation before.
+    """
+
+    arrays: Images
+    seconds: float
+    compile_s: float
 
 
 def keep_activations(
@@ -46,7 +67,8 @@ def keep_activations(
     batch_size: int,
     fingerprint: str,
     num_symmetries: Mapping[str, int] | None = None,
-) -> Images | None:
+    check_stop: Callable[[], None] = lambda: None,
+) -> Kept | None:
     """Computes the output of the first segments for every image, or finds it computed.
 
     Args:
@@ -60,10 +82,10 @@ def keep_activations(
       fingerprint: stands for the images.
       num_symmetries: for how many symmetries S of every image of a split, see
         `augment.apply_symmetries`; 1, the image as it is, by default.
+      check_stop: called before every batch; may raise.
 
     Returns:
-      Memory-mapped arrays [S * N, ...] by split, in the dtype of the computation; symmetry s of
-      image i is row s * N + i. None where the disk has no room for them.
+      The activations, or None where the disk has no room for them.
     """
     repeats = {side: (num_symmetries or {}).get(side, 1) for side in images}
     prefix = [name for names in model.segments[:num_segments] for name in names]
@@ -102,19 +124,26 @@ def keep_activations(
     if not fits:
         return None
 
-    step = mesh.jit_predict_step(forward, devices)
+    step: Any = mesh.jit_predict_step(forward, devices)
+    rows = mesh.local_rows(batch_size, devices)
+    compile_s, start = 0.0, time.monotonic()
     partial = directory.with_name(directory.name + ".partial")
     for side, array in images.items():
         shape = shapes[side]
         stored = _as_bits(np.empty(0, shape.dtype)).dtype
         file = create_array(partial / f"{side}.npy", shape.shape, stored) if primary else None
-        rows = mesh.local_rows(batch_size, devices)
         labels = np.zeros(len(array), np.int32)
         for symmetry in range(repeats[side]):
             batches = eval_batches(array, labels, batch_size, rows)
             for start, batch in zip(itertools.count(0, batch_size), batches, strict=False):
                 inputs = {"image": batch["image"], "symmetry": symmetry + batch["label"]}
-                output = _as_bits(np.asarray(step(own, mesh.shard_batch(inputs, devices))))
+                check_stop()
+                sharded = mesh.shard_batch(inputs, devices)
+                if not compile_s:
+                    began = time.monotonic()
+                    step = step.lower(own, sharded).compile()
+                    compile_s = time.monotonic() - began
+                output = _as_bits(np.asarray(step(own, sharded)))
                 if file is not None:
                     size = min(batch_size, len(array) - start)
                     first = symmetry * len(array) + start
@@ -122,7 +151,13 @@ def keep_activations(
         if file is not None:
             file.flush()
     if primary:
-        (partial / "key.json").write_text(json.dumps(key), encoding="utf-8")
+        record = {
+            "key": key,
+            "sha256": {side: file_sha256(partial / f"{side}.npy") for side in images},
+            "seconds": time.monotonic() - start - compile_s,
+            "compile_s": compile_s,
+        }
+        (partial / _RECORD).write_text(json.dumps(record), encoding="utf-8")
         partial.rename(directory)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("activations kept")
@@ -181,16 +216,22 @@ def _key(
 
 def _open(
     directory: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], key: Mapping[str, Any]
-) -> Images | None:
+) -> Kept | None:
+    """Returns what is kept, or None if it is of other images or parameters, or damaged."""
     try:
-        if json.loads((directory / "key.json").read_text(encoding="utf-8")) != key:
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+        if record["key"] != key or any(
+            record["sha256"][side] != file_sha256(directory / f"{side}.npy") for side in shapes
+        ):
             return None
-        kept = {side: np.load(directory / f"{side}.npy", mmap_mode="r") for side in shapes}
-    except (OSError, ValueError):
+        arrays = {side: np.load(directory / f"{side}.npy", mmap_mode="r") for side in shapes}
+        times = {name: float(record[name]) for name in ("seconds", "compile_s")}
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
-    views = {side: array.view(shapes[side].dtype) for side, array in kept.items()}
-    same = all(views[side].shape == shapes[side].shape for side in shapes)
-    return views if same else None
+    views = {side: array.view(shapes[side].dtype) for side, array in arrays.items()}
+    if any(views[side].shape != shapes[side].shape for side in shapes):
+        return None
+    return Kept(views, **times)
 
 
 def _make_room(directory: Path, size: int) -> bool:

@@ -197,6 +197,15 @@ def restore(
     return flax.serialization.from_state_dict(target, found), _read_record(folder)["meta"]
 
 
+def read_meta(directory: str | pathlib.Path, which: Which = "best") -> dict[str, Any]:
+    """Reads what was saved beside the arrays of a checkpoint.
+
+    Raises:
+      Error: if there is no such checkpoint, or its record is damaged.
+    """
+    return _read_record(pathlib.Path(directory) / str(resolve_step(directory, which)))["meta"]
+
+
 def restore_variables(
     directory: str | pathlib.Path, which: Which = "best"
 ) -> tuple[dict[str, Any], dict[str, Any]]:

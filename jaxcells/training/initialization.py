@@ -1,5 +1,6 @@
 """Where a network's first parameters come from: ImageNet, a file, an earlier run, or chance."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcells.data.crop_set import CropSet, open_crop_set
+from jaxcells.data.crop_set import CropSet
 from jaxcells.errors import Error
 from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet, file_sha256
 from jaxcells.models.weights import (
@@ -20,10 +21,12 @@ from jaxcells.models.weights import (
     load_safetensors,
     transfer,
 )
-from jaxcells.training.checkpoints import best_step, restore_variables
+from jaxcells.training.checkpoints import best_step, read_meta, restore_variables
 from jaxcells.training.state import TrainState, with_variables
 
 logger = logging.getLogger("jaxcells")
+
+Seen = dict[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,42 +81,70 @@ def find_initialization(
     return Initialization("run", path, conv1=conv1)
 
 
-def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
-    """Refuses to start from a run that has seen images which are now held out.
+def seen_images(crop_set: CropSet, init: Initialization) -> Seen:
+    """Lists the images that a network started so and trained on these crops has seen.
 
-    Of a file, only that it was exported from a run on other crops can be told; a warning says so.
+    Args:
+      crop_set: the crops of its training.
+      init: where its first parameters come from; what those have seen counts too, and so on back.
+
+    Returns:
+      {"train": …, "val": …}: of the images trained on and of those chosen by, the first 16 digits
+      of the SHA-256 of their files.
+    """
+    before = _seen_before(init) or {}
+    return {
+        side: sorted({*before.get(side, ()), *_images(crop_set, (side,))})
+        for side in ("train", "val")
+    }
+
+
+def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
+    """Refuses to start from a network that has seen images which are now held out.
+
+    Of a file that `export weights` did not write nothing can be told.
 
     Raises:
-      Error: an image of this run's val or test split was trained on or chosen by in that run.
+      Error: an image of this run's val or test split was trained on, or one of its test split
+        chosen by, for that network or one that it was started from.
     """
-    if init.path is None:
+    seen = _seen_before(init)
+    # On the very same crops and split there is nothing new to hold out.
+    if seen is None or _manifest(init) == crop_set.manifest_sha256:
         return
-    if init.kind == "file":
-        manifest = load_metadata(init.path).get("manifest_sha256", crop_set.manifest_sha256)
-        if manifest != crop_set.manifest_sha256:
-            logger.warning(
-                "%s comes from a run on other crops; whether that has seen images that are held "
-                "out here is not known: give its workdir as --config.init to have it checked",
-                init.path,
-            )
-    if init.kind != "run":
-        return
-    earlier = open_crop_set(init.path / "crops")
-
-    def images(of: CropSet, sides: tuple[str, ...]) -> dict[str, str]:
-        return {of.sources[r.source]["sha256"]: r.source for r in of.records if r.split in sides}
-
-    seen = images(earlier, ("train",))
-    held_out = images(crop_set, ("val", "test"))
-    chosen, tested = images(earlier, ("val",)), images(crop_set, ("test",))
-    leaked = [*(seen.keys() & held_out.keys()), *(chosen.keys() & tested.keys())]
+    held_out, tested = _images(crop_set, ("val", "test")), _images(crop_set, ("test",))
+    leaked = {*held_out.keys() & set(seen["train"]), *tested.keys() & set(seen["val"])}
     if leaked:
         raise Error(
-            f"{init.path} has been trained or chosen by {len(set(leaked))} images that are held "
-            "out "
-            f"here, such as {held_out[leaked[0]]}; use the seed and split of that run, or other "
-            "images"
+            f"{init.path}, or a run that it began from, has been trained or chosen by "
+            f"{len(leaked)} images that are held out here, such as {held_out[min(leaked)]}; use "
+            "the seed and split of that run, or other images"
         )
+
+
+def _images(crop_set: CropSet, sides: tuple[str, ...]) -> dict[str, str]:
+    """Returns the images that some sides of a split were cropped from, by their hash."""
+    sources = {record.source for record in crop_set.records if record.split in sides}
+    return {crop_set.sources[source]["sha256"][:16]: source for source in sources}
+
+
+def _seen_before(init: Initialization) -> Seen | None:
+    """Returns what the first parameters have seen, as far as their source tells."""
+    if init.kind == "run" and init.path is not None:
+        seen: Seen = read_meta(init.path / "checkpoints")["seen"]
+        return seen
+    if init.kind == "file" and init.path is not None:
+        with contextlib.suppress(KeyError, ValueError):
+            return json.loads(load_metadata(init.path)["seen"])
+    return None
+
+
+def _manifest(init: Initialization) -> str | None:
+    if init.path is None:
+        return None
+    if init.kind == "run":
+        return read_meta(init.path / "checkpoints")["manifest_sha256"]
+    return load_metadata(init.path).get("manifest_sha256")
 
 
 def initialize(

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ class Inputs:
       normalize: what the steps apply to both first.
       dihedral: whether the training step is to draw flips and quarter turns.
       first_segment: of the network, to run.
-      seconds: that making it took.
+      activations_s: seconds that computing the activations took, whenever that was.
+      compile_s: seconds of compilation before.
     """
 
     batches: Callable[[int], Iterator[Batch]]
@@ -43,7 +43,8 @@ class Inputs:
     normalize: Normalize
     dihedral: bool
     first_segment: int = 0
-    seconds: float = 0.0
+    activations_s: float = 0.0
+    compile_s: float = 0.0
 
 
 def make_inputs(
@@ -62,6 +63,7 @@ def make_inputs(
     num_epochs: int,
     directory: Path,
     fingerprint: str,
+    check_stop: Callable[[], None],
 ) -> Inputs:
     """Chooses between crops and kept activations, computes the latter, and says so in a line.
 
@@ -84,6 +86,7 @@ def make_inputs(
         chosen must not depend on where that was.
       directory: where activations are kept.
       fingerprint: stands for the crops.
+      check_stop: called between batches of computing activations; may raise.
     """
     train_set, val_set = arrays["train"], arrays["val"]
 
@@ -111,7 +114,6 @@ def make_inputs(
             *(frozen, num_symmetries, num_epochs),
         )
         return crops
-    start = time.monotonic()
     kept = keep_activations(
         model,
         state.variables,
@@ -122,14 +124,15 @@ def make_inputs(
         batch_size=batch_size,
         fingerprint=fingerprint,
         num_symmetries={"train": num_symmetries},
+        check_stop=check_stop,
     )
     if kept is None:
         logger.info("%s, and computed in every step: the disk has no room", frozen)
         return crops
-    size = sum(array.nbytes for array in kept.values()) / 1e6
+    size = sum(array.nbytes for array in kept.arrays.values()) / 1e6
     logger.info("%s: what they make of every crop is computed once (%.0f MB)", frozen, size)
 
-    num_images, activations = len(train_set.labels), kept["train"]
+    num_images, activations = len(train_set.labels), kept.arrays["train"]
     draw = jax.jit(lambda step: draw_symmetries(jax.random.fold_in(step_key, step), batch_size))
 
     def symmetric(first_step: int) -> Iterator[Batch]:
@@ -144,11 +147,12 @@ def make_inputs(
 
     return Inputs(
         symmetric if dihedral else functools.partial(batches, activations),
-        kept["val"],
+        kept.arrays["val"],
         _as_it_is,
         dihedral=False,
         first_segment=num_segments,
-        seconds=time.monotonic() - start,
+        activations_s=kept.seconds,
+        compile_s=kept.compile_s,
     )
 
 

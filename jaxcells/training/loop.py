@@ -25,7 +25,7 @@ from jaxcells.prepare import PreparedData
 from jaxcells.training import checkpoints, mesh, optim, steps
 from jaxcells.training.activations import discard_activations
 from jaxcells.training.freeze import Phase, make_phases
-from jaxcells.training.initialization import Initialization, initialize
+from jaxcells.training.initialization import Initialization, initialize, seen_images
 from jaxcells.training.inputs import make_inputs
 from jaxcells.training.meter import Meter, Progress, check_finite
 from jaxcells.training.signals import Interrupted, StopRequest
@@ -48,6 +48,7 @@ class _Run:
     schedule: optax.Schedule
     normalization: Normalization
     init_record: dict[str, Any]
+    seen: dict[str, list[str]]
     step_key: jax.Array
     num_steps: int
     steps_per_epoch: int
@@ -117,13 +118,14 @@ def train(
         check_crops(meta, data.crop_set, workdir)
         progress = Progress(**meta["progress"])
         normalization = Normalization.from_dict(meta["normalization"])
-        init_record = meta["init"]
+        init_record, seen = meta["init"], meta["seen"]
         if state.step < num_steps:
             logger.info("resuming at step %d of %d", int(state.step), num_steps)
         else:
             logger.info("all %d steps are trained", num_steps)
     else:
         state, init_record = initialize(create(init_key), init, class_names=class_names)
+        seen = seen_images(data.crop_set, init)
         progress = Progress(prepare_s=data.seconds)
         normalization = fit_normalization(train_set.images, config.data.normalize)
     first_step = int(state.step)
@@ -150,6 +152,7 @@ def train(
             schedule=schedule,
             normalization=normalization,
             init_record=init_record,
+            seen=seen,
             step_key=step_key,
             num_steps=num_steps,
             steps_per_epoch=steps_per_epoch,
@@ -166,6 +169,8 @@ def train(
         for phase in phases:
             if int(state.step) < phase.last_step:
                 state = _train_phase(run, phase, state)
+        if stop.signal:  # during the last step, or what came after it
+            raise _interrupted(run, num_steps)
     if primary:
         discard_activations(workdir / "activations")
     progress.total_s = time.monotonic() - began
@@ -177,6 +182,11 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
     config, progress, meter = run.config, run.progress, run.meter
     batch_size, steps_per_epoch = config.train.batch_size, run.steps_per_epoch
     first_step = int(state.step)
+
+    def check_stop() -> None:
+        if run.stop.signal:
+            raise _interrupted(run, first_step)
+
     inputs = make_inputs(
         run.model,
         state,
@@ -192,8 +202,11 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
         num_epochs=(phase.last_step - phase.before) // steps_per_epoch,
         directory=run.workdir / "activations",
         fingerprint=run.data.crop_set.manifest_sha256,
+        check_stop=check_stop,
     )
-    progress.activations_s += inputs.seconds
+    if not progress.activations_s:  # a resumed run counts them once
+        progress.activations_s = inputs.activations_s
+        progress.compile_s += inputs.compile_s
     state = state.replace(
         apply_fn=apply_segments(run.model, inputs.first_segment),
         tx=_optimizer(config, run.schedule, phase),
@@ -220,10 +233,7 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
             meter.read()
             if last_saved < step - 1:
                 _save(run, state, None)
-            raise Interrupted(
-                f"stopped at step {step - 1} of {run.num_steps}; the same command resumes there",
-                run.stop.signal,
-            )
+            raise _interrupted(run, step - 1)
         batch = mesh.shard_batch(next(batches), run.devices)
         if step == first_step + 1:
             began = time.monotonic()
@@ -285,6 +295,13 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
     return state
 
 
+def _interrupted(run: _Run, step: int) -> Interrupted:
+    return Interrupted(
+        f"stopped at step {step} of {run.num_steps}; the same command resumes there",
+        run.stop.signal,
+    )
+
+
 def _optimizer(
     config: ConfigDict, schedule: optax.Schedule, phase: Phase
 ) -> optax.GradientTransformation:
@@ -311,6 +328,7 @@ def _save(run: _Run, state: TrainState, metrics: Mapping[str, float] | None) -> 
         "manifest_sha256": run.data.crop_set.manifest_sha256,
         "model": run.model_args,
         "init": run.init_record,
+        "seen": run.seen,
     }
     checkpoints.save(run.workdir / "checkpoints", state, meta=meta, metrics=metrics)
     run.progress.checkpoint_s += time.monotonic() - began

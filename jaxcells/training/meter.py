@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import time
 from collections import deque
 from typing import Any
@@ -19,6 +20,7 @@ class Progress:
       sums: loss, correct and count over the steps of the epoch under way.
       epoch_s: seconds of training in the epoch under way.
       train_s: seconds of training in finished epochs.
+      epochs_s: seconds of training in each of them.
       validate_s: seconds of validation.
       checkpoint_s: seconds of saving.
       compile_s: seconds of compilation.
@@ -34,6 +36,7 @@ class Progress:
     )
     epoch_s: float = 0.0
     train_s: float = 0.0
+    epochs_s: list[float] = dataclasses.field(default_factory=list)
     validate_s: float = 0.0
     checkpoint_s: float = 0.0
     compile_s: float = 0.0
@@ -42,6 +45,19 @@ class Progress:
     total_s: float = 0.0
     images: int = 0
     step_bytes: int = 0
+
+    def typical_train_s(self, freeze_epochs: int) -> float:
+        """Returns what training takes on an idle machine, compilation apart.
+
+        The clock alone also measures what else the machine did meanwhile, which `compare` must not
+        choose by: every epoch counts as the median one of its phase.
+
+        Args:
+          freeze_epochs: number of epochs in a first phase, or 0.
+        """
+        phases = self.epochs_s[:freeze_epochs], self.epochs_s[freeze_epochs:]
+        epochs_s = sum(len(phase) * statistics.median(phase) for phase in phases if phase)
+        return self.activations_s + epochs_s
 
     def finish_epoch(self) -> dict[str, Any]:
         """Returns the exact means of the epoch under way and begins the next one."""
@@ -52,6 +68,7 @@ class Progress:
             "images_per_second": count / self.epoch_s,
         }
         self.train_s += self.epoch_s
+        self.epochs_s.append(self.epoch_s)
         self.images += int(count)
         self.epoch_s, self.sums = 0.0, Progress().sums
         return means

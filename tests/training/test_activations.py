@@ -167,7 +167,7 @@ def keep(network, images, directory, num_segments=3, fingerprint="a"):
 def test_what_is_kept_is_what_the_segments_give(network, tmp_path):
     model, variables = network
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8)
-    kept = keep(network, images, tmp_path / "activations")
+    kept = keep(network, images, tmp_path / "activations").arrays
     pixels = fit_normalization(images, "imagenet")(images)
     expected = model.apply(variables, pixels, train=False, last=3)
     assert kept["train"].shape == (7, 8, 8, 4)
@@ -212,8 +212,20 @@ def test_activations_are_found_again_and_never_those_of_others(network, tmp_path
     keep((model, other), images, directory, num_segments=2, fingerprint="b")
     assert written() == fourth
 
-    (directory / "val.npy").write_bytes(b"cut off")
-    assert len(keep((model, other), images, directory, num_segments=2, fingerprint="b")["val"]) == 3
+    # What is damaged is computed again.
+    expected = keep((model, other), images, directory, num_segments=2, fingerprint="b")
+    first = np.array(expected.arrays["train"])
+    for damage in (b"", b"cut off", (directory / "train.npy").read_bytes()[:-64] + bytes(64)):
+        (directory / "train.npy").write_bytes(damage)
+        again = keep((model, other), images, directory, num_segments=2, fingerprint="b")
+        np.testing.assert_array_equal(again.arrays["train"], first)
+    for damage in ("[]", "{}", "{"):
+        (directory / "record.json").write_text(damage)
+        assert keep((model, other), images, directory, num_segments=2, fingerprint="b")
+    # The time that it took counts, whoever finds it.
+    found = keep((model, other), images, directory, num_segments=2, fingerprint="b")
+    assert found.seconds > 0
+    assert found.compile_s > 0
     discard_activations(directory)
     assert not directory.exists()
 
@@ -232,7 +244,7 @@ def test_every_symmetry_of_every_image_has_its_row(network, tmp_path):
         batch_size=4,
         fingerprint="a",
         num_symmetries={"train": 8},
-    )["train"]
+    ).arrays["train"]
     assert kept.shape == (40, 8, 8, 4)
     tolerance = 1e-5 if model.dtype == np.float32 else 0.05
     for symmetry in range(8):
@@ -255,3 +267,15 @@ def test_a_run_that_fills_the_disk_computes_instead(network, tmp_path, monkeypat
     )
     assert keep(network, images, tmp_path / "activations") is None
     assert not list(tmp_path.glob("activations*/*.npy"))
+
+
+def test_computing_activations_can_be_stopped(config, data, tmp_path, monkeypatch):
+    def stopped(self):
+        self.signal = 15
+        return self
+
+    monkeypatch.setattr(StopRequest, "__enter__", stopped)
+    monkeypatch.setattr(StopRequest, "__exit__", lambda self, *error: None)
+    with pytest.raises(Interrupted, match="stopped at step 0 of 15"):
+        train(config, data, tmp_path, freeze=("(?!fc)",))
+    assert not (tmp_path / "activations").exists()

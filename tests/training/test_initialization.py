@@ -20,9 +20,10 @@ from jaxcells.training.initialization import (
     check_no_leak,
     find_initialization,
     initialize,
+    seen_images,
 )
 from jaxcells.training.state import create_train_state
-from tests.data.folders import write_folder
+from tests.data.folders import textured, write_image
 
 
 def make_state(num_classes: int, seed: int = 0, *, name: str = "resnet18", channels: int = 3):
@@ -35,15 +36,16 @@ def make_state(num_classes: int, seed: int = 0, *, name: str = "resnet18", chann
 fresh_state = functools.cache(make_state)
 
 
-def save_run(workdir, state, class_names):
+def save_run(workdir, state, class_names, *, manifest="ab" * 32, seen=None):
     """A finished run, as far as starting from it goes."""
     meta = {
         "step": 0,
         "class_names": class_names,
         "normalization": {},
-        "manifest_sha256": "ab" * 32,
+        "manifest_sha256": manifest,
         "model": {"name": "resnet18", "num_classes": len(class_names), "width": 2},
         "init": {"kind": "random"},
+        "seen": seen or {"train": [], "val": []},
     }
     metrics = {"balanced_accuracy": 0.9, "loss": 0.3}
     checkpoints.save(workdir / "checkpoints", state, meta=meta, metrics=metrics)
@@ -209,34 +211,61 @@ def test_layers_that_do_not_fit_are_all_in_the_log(earlier, caplog):
     assert not caplog.text  # the message holds all
 
 
-def test_a_file_from_a_run_on_other_crops_is_pointed_out(earlier, tmp_path, caplog):
-    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
+@pytest.fixture
+def crops(tmp_path):
+    """Makes crop sets of nine images a class in a folder, by seed and, of other images, folder."""
     settings = {"crop_size": 32, "crops_per_class": 9, "split": (5, 2, 2), "split_by": "field"}
-    crop_set = prepare_crop_set(tmp_path / "crops", root, seed=0, **settings)
-    init = Initialization("file", earlier[0] / "weights.safetensors")
-    caplog.clear()
-    check_no_leak(init, crop_set)
-    assert "is not known: give its workdir as --config.init" in caplog.text
-    caplog.clear()
-    check_no_leak(init, dataclasses.replace(crop_set, manifest_sha256="ab" * 32))
+
+    def prepare(seed, name="images", split_by="field", fields=9):
+        root = tmp_path / name
+        if not root.exists():
+            for number in range(2 * fields):
+                label = f"{'AB'[number % 2]} {name}"
+                seed_of_image = number + 1000 * len(name)  # other images in every folder
+                write_image(root / label / f"field{number}.png", textured(64, 64, seed_of_image))
+        directory = tmp_path / f"{name} {seed} {split_by}"
+        return prepare_crop_set(directory, root, seed=seed, **(settings | {"split_by": split_by}))
+
+    return prepare
+
+
+def trained(workdir, crop_set, init=None):
+    """A network trained on these crops, as a workdir and as the exported file."""
+    save_run(
+        workdir,
+        fresh_state(2),
+        list(crop_set.class_names),
+        manifest=crop_set.manifest_sha256,
+        seen=seen_images(crop_set, init or Initialization("random")),
+    )
+    return [Initialization("run", workdir), Initialization("file", export_weights(workdir))]
+
+
+def test_a_network_that_saw_what_is_held_out_is_refused(tmp_path, crops):
+    for init in trained(tmp_path / "run", crops(0)):
+        check_no_leak(init, crops(0))
+        with pytest.raises(Error, match=r"images that are held out here, such as [AB] images/fie"):
+            check_no_leak(init, crops(1))
+        check_no_leak(init, crops(1, "other"))
+        check_no_leak(dataclasses.replace(init, kind="random", path=None), crops(1))
+
+
+def test_so_is_one_whose_ancestor_saw_it(tmp_path, crops):
+    for number, first in enumerate(trained(tmp_path / "first", crops(0))):
+        for second in trained(tmp_path / f"second{number}", crops(0, "other"), first):
+            check_no_leak(second, crops(0))  # as the ancestor held them out
+            with pytest.raises(Error, match="or a run that it began from"):
+                check_no_leak(second, crops(1))
+
+
+def test_the_very_same_crops_are_no_leak_even_if_images_are_on_two_sides(tmp_path, crops):
+    crop_set = crops(0, "few", "crop", fields=3)
+    for init in trained(tmp_path / "run", crop_set):
+        check_no_leak(init, crop_set)
+        with pytest.raises(Error, match="held out here"):
+            check_no_leak(init, crops(1, "few", "crop"))
+
+
+def test_of_files_from_elsewhere_nothing_is_known(tmp_path, crops):
     save_file({"a": np.zeros(1)}, tmp_path / "w.safetensors")
-    check_no_leak(Initialization("file", tmp_path / "w.safetensors"), crop_set)
-    assert not caplog.text
-
-
-def test_a_run_that_saw_what_is_held_out_is_refused(tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
-    settings = {
-        "crop_size": 32,
-        "crops_per_class": 9,
-        "split": (5, 2, 2),
-        "split_by": "field",
-    }
-    prepare_crop_set(tmp_path / "run" / "crops", root, seed=0, **settings)
-    same = prepare_crop_set(tmp_path / "same", root, seed=0, **settings)
-    other = prepare_crop_set(tmp_path / "other", root, seed=1, **settings)
-    init = Initialization("run", tmp_path / "run")
-    check_no_leak(init, same)
-    with pytest.raises(Error, match=r"images that are held out here, such as [AB]/field"):
-        check_no_leak(init, other)
-    check_no_leak(dataclasses.replace(init, kind="random", path=None), other)
+    check_no_leak(Initialization("file", tmp_path / "w.safetensors"), crops(0))

@@ -15,6 +15,7 @@ from jaxcells.prepare import prepare_data
 from jaxcells.training import loop
 from jaxcells.training.checkpoints import _read_arrays, list_steps, restore_variables
 from jaxcells.training.initialization import Initialization
+from jaxcells.training.meter import Progress
 from jaxcells.training.signals import Interrupted, StopRequest
 from tests.data.folders import write_folder
 
@@ -116,3 +117,9 @@ def test_balanced_class_weights_give_every_class_the_same_weight():
     weights = loop._class_weights("balanced", labels)
     np.testing.assert_allclose(np.array(weights) * [6, 3, 1], 10 / 3)
     assert loop._class_weights("none", labels) is None
+
+
+def test_typical_seconds_count_every_epoch_as_the_median_of_its_phase():
+    progress = Progress(epochs_s=[1.0, 1.0, 10.0, 40.0, 20.0, 20.0, 400.0], activations_s=5.0)
+    assert progress.typical_train_s(3) == 5 + 3 * 1 + 4 * 30
+    assert progress.typical_train_s(0) == 5 + 7 * 20
