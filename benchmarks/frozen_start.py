@@ -54,25 +54,18 @@ def ours(
         model, tx, sample_shape=(1, *images.shape[1:]), key=jax.random.key(0)
     )
     prefix = frozen_prefix(model.segments, fresh.params, (pattern,))
-    directory = Path(tempfile.mkdtemp()) / "activations"
 
-    def keep(name: str) -> tuple[Any, float]:
-        start = time.perf_counter()
-        kept = keep_activations(
-            model,
-            fresh.variables,
-            prefix,
-            normalize,
-            {"train": images},
-            directory.with_name(name),
-            batch_size=args.batch_size,
-            fingerprint="benchmark",
-        )
-        assert kept is not None, "the disk has no room"
-        return kept["train"], time.perf_counter() - start
-
-    keep("compiling")
-    activations, seconds = keep("activations")
+    kept = keep_activations(
+        model,
+        fresh.variables,
+        prefix,
+        normalize,
+        {"train": images},
+        Path(tempfile.mkdtemp()) / "activations",
+        batch_size=args.batch_size,
+        fingerprint="benchmark",
+    )
+    assert kept is not None, "the disk has no room"
 
     def contestant(inputs: np.ndarray, first: int, prepare: Any) -> Train:
         current = mesh.replicate(
@@ -91,9 +84,9 @@ def ours(
         return train
 
     return {
-        "jaxcells, activations kept": contestant(activations, prefix, _as_it_is),
+        "jaxcells, activations kept": contestant(kept.arrays["train"], prefix, _as_it_is),
         "jaxcells, computed in every step": contestant(images, 0, normalize),
-    }, len(images) / seconds
+    }, len(images) / kept.seconds
 
 
 def _as_it_is(activations: Any) -> Any:
