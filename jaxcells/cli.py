@@ -240,6 +240,12 @@ def _trained_workdir() -> Path:
     workdir = _workdir()
     if not workdir.is_dir():
         raise Error(f"{workdir}: no such workdir; train first, or give the folder of a run")
+    trainings = sorted(path.name for path in (workdir / "experiments").glob("*"))
+    if trainings:
+        raise Error(
+            f"{workdir} is a comparison; give one of its trainings, --workdir "
+            f"{workdir / 'experiments' / trainings[0]} ({', '.join(trainings)})"
+        )
     return workdir
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.config import Experiment
+from jaxcells.config import Experiment, differences
 from jaxcells.data.arrays import SplitArrays
 from jaxcells.environment import describe_environment
 from jaxcells.errors import Error
@@ -64,6 +64,10 @@ logger = logging.getLogger("jaxcells")
 Failures = dict[str, str]
 
 _PREDICTIONS = "predictions_val.csv"
+_OF_RESULTS = (
+    *("model", "init", "best_step", "num_epochs", "timing"),
+    *("validation", "test", "baseline"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,8 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
             experiments, failures, lambda e: find_start(e.config, _folder(workdir, e))
         )
         if not starts:
-            raise Error(_failed(failures))
+            first = next(iter(failures.values()))
+            raise Error(f"none of the {len(experiments)} trainings can start; the first: {first}")
         note = mesh.accelerator_note()
         if note:
             logger.warning("%s", note)
@@ -161,7 +166,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
 
         tested = _for_each(done, failures, test)
         if _is_primary():
-            _report(workdir, experiments, trained, tested, choice, before, failures, data)
+            _report(workdir, base, experiments, trained, tested, choice, before, failures, data)
         if failures:
             raise Error(_failed(failures))
 
@@ -287,6 +292,7 @@ def _mean(
 
 def _report(
     workdir: Path,
+    base: ConfigDict,
     experiments: Sequence[Experiment],
     trained: Mapping[str, _Trained],
     tested: Mapping[str, Results],
@@ -297,7 +303,7 @@ def _report(
 ) -> None:
     """Writes the table, the figures and compare.json, and prints the table."""
     directory, class_names = workdir / "compare", data.crop_set.class_names
-    seed = read_json(workdir / "config.json")["seed"]
+    seed = base.seed
     done = [e for e in experiments if e.label in tested]
     predictions = {
         "validation": _by_name(done, {label: t.predictions for label, t in trained.items()}),
@@ -369,7 +375,8 @@ def _report(
             seed=seed,
         )
     write_table_csv(directory / "table.csv", rows)
-    markdown = table_markdown(rows, choice, comparisons)
+    notes = _notes(base, done, tested, rows, before)
+    markdown = table_markdown(rows, choice, comparisons, notes)
     with write_whole(directory / "table.md") as file:
         file.write(markdown)
     plot_accuracy_against_time(rows, directory / "accuracy_against_time.png")
@@ -388,18 +395,59 @@ def _report(
             "choice": choice.to_dict(),
             "tested_before_choice": before,
             "experiments": [dataclasses.asdict(row) for row in rows],
-            "timing": {label: results["timing"] for label, results in tested.items()},
             "test_comparisons": {"chosen": choice.chosen, "with": comparisons},
             "folders": {
                 e.label: str(_folder(workdir, e).relative_to(workdir)) for e in experiments
             },
             "failures": failures,
-            "init": {label: results["init"] for label, results in tested.items()},
+            "trainings": {
+                label: {key: results[key] for key in _OF_RESULTS}
+                for label, results in tested.items()
+            },
+            "data": next((results["data"] for results in tested.values()), None),
+            "manifest_sha256": data.crop_set.manifest_sha256,
+            "config": base.to_dict(),
             "environment": read_json(workdir / "environment.json"),
         },
     )
-    print(table_text(rows, choice, comparisons))
+    print(table_text(rows, choice, comparisons, notes))
     logger.info("tables and figures are in %s", directory)
+
+
+def _notes(
+    base: ConfigDict,
+    done: Sequence[Experiment],
+    tested: Mapping[str, Results],
+    rows: Sequence[Row],
+    before: Sequence[str],
+) -> list[str]:
+    """Returns what a reader must know to compare the figures."""
+    notes = []
+    for name in _names(done):
+        config = next(e.config for e in done if e.name == name)
+        changed = [
+            text
+            for text in differences(base, config)
+            if not text.startswith(("seed ", "data.seed ", "model.name "))
+        ]
+        if changed:
+            notes.append(
+                f"Note: {name} is trained otherwise than the comparison says: in its own "
+                f"config {'; '.join(changed)}."
+            )
+    for baseline in {tested[e.label]["baseline"]["test_accuracy"] for e in done}:
+        notes.append(
+            "Brightness and contrast of the crops alone, by a linear classifier: accuracy "
+            f"{baseline:.3f} on the test split."
+        )
+        worse = [row.name for row in rows if row.test and row.test["accuracy"] <= baseline]
+        if worse:
+            notes.append(f"WARNING: no better than brightness and contrast: {', '.join(worse)}.")
+    if before:
+        notes.append(
+            f"Note: the test split had been opened for {', '.join(before)} before this choice."
+        )
+    return notes
 
 
 def _failed(failures: Failures) -> str:

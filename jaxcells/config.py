@@ -155,6 +155,7 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     for name, path in paths.items():
         own = dict(_flatten(_get_config(path).to_dict()))
         changes = {key: value for key, value in own.items() if value != default.get(key)}
+        changes["model.name"] = own["model.name"]  # whatever the comparison's own is
         shared = dict(_flatten(base.to_dict()))
         mistakes += [
             f"{name}: {key}={value!r} would need other crops than the comparison's "

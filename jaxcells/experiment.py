@@ -107,12 +107,18 @@ def find_start(config: ConfigDict, workdir: Path) -> Initialization:
     )
     if list_steps(workdir / "checkpoints") or (workdir / "results.json").exists():
         return Initialization("random")
-    return find_initialization(
+    init = find_initialization(
         config.init,
         config.model.name,
         random_if_missing=data_source(config) == "sample",
         conv1=config.init_conv1,
     )
+    if init.kind == "random" and config.optim.freeze:
+        logger.warning(
+            "optim.freeze keeps layers that start at random, and have learnt nothing; start from "
+            "ImageNet weights, a file or an earlier run (--config.init)"
+        )
+    return init
 
 
 def train_run(

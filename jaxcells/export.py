@@ -116,7 +116,11 @@ def _write_whole(path: Path, *parts: bytes | memoryview) -> None:
 def _how_to_load(path: Path, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     width, channels = tensors["conv1.weight"].shape[:2]
     if not model["name"].startswith("resnet") or width != 64 or "bn1.weight" not in tensors:
-        return f"torchvision has no such network; --config.init={path} starts a run from it"
+        why = f"of width {width} " if model["name"].startswith("resnet") and width != 64 else ""
+        return (
+            f"torchvision has no {model['name']} {why}for it; --config.init={path} starts a run "
+            "from it"
+        )
     lines = [
         "torchvision loads it so:",
         f"net = torchvision.models.{model['name']}(num_classes={model['num_classes']})",

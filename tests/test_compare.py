@@ -19,6 +19,7 @@ from jaxcells import compare as comparison
 from jaxcells.compare import compare
 from jaxcells.config import expand_comparison
 from jaxcells.evaluation.comparison import choose
+from jaxcells.evaluation.comparison_table import Row
 from jaxcells.logs import read_metrics
 from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps, restore_variables
@@ -364,6 +365,45 @@ def test_experiments_are_the_comparison_with_what_their_configs_change():
         assert e.config.data.seed == 7  # of the crops, which all share
         assert e.config.train.num_epochs == 9
         assert e.config.data.split == (754, 100, 100)
+
+
+def test_the_network_is_the_experiment_s_and_what_else_it_changes_is_told():
+    _, (resnet34, probe) = configured(
+        experiments=("resnet34", "linear_probe"),
+        model__name="plain18",
+        optim__learning_rate=0.2,
+        init="random",
+    )
+    assert resnet34.config.model.name == "resnet34"
+    assert (resnet34.config.optim.learning_rate, probe.config.optim.learning_rate) == (0.2, 0.01)
+
+
+def test_what_a_reader_must_know_stands_in_the_table(finished, experiments):
+    base, four = experiments
+    changed = four[2].config.copy_and_resolve_references()
+    changed.train.num_epochs = 9
+    done = [four[0], dataclasses.replace(four[2], config=changed)]
+    tested = {e.label: {"baseline": {"test_accuracy": 0.75}} for e in done}
+    rows = [
+        Row("resnet18", test={"accuracy": 0.7}),
+        Row("plain18", test={"accuracy": 0.8}),
+    ]
+    assert comparison._notes(base, done, tested, rows, ["resnet18_seed0"]) == [
+        "Note: plain18 is trained otherwise than the comparison says: in its own config "
+        "train.num_epochs was 2, now 9.",
+        "Brightness and contrast of the crops alone, by a linear classifier: accuracy 0.750 on the "
+        "test split.",
+        "WARNING: no better than brightness and contrast: resnet18.",
+        "Note: the test split had been opened for resnet18_seed0 before this choice.",
+    ]
+    table = (finished / "compare" / "table.md").read_text()
+    assert "Brightness and contrast of the crops alone" in table
+    found = read(finished / "compare" / "compare.json")
+    assert found["data"]["classes"] == ["A", "B"]
+    assert found["config"]["seed"] == 0
+    for label in LABELS:
+        results = read(finished / found["folders"][label] / "results.json")
+        assert found["trainings"][label]["test"] == results["test"]
 
 
 def test_the_default_is_the_four_depths():

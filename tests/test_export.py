@@ -177,7 +177,7 @@ def test_the_log_says_where_it_is_and_a_plain_network_has_no_shortcuts(tmp_path,
         path = export_weights(tmp_path)
     size = path.stat().st_size / 1e6
     assert caplog.messages == [
-        f"plain18 of step 4 ({size:.1f} MB) is in {path}; torchvision has no such network; "
+        f"plain18 of step 4 ({size:.1f} MB) is in {path}; torchvision has no plain18 for it; "
         f"--config.init={path} starts a run from it"
     ]
     assert not [name for name in load_file(path) if "downsample" in name]
@@ -193,17 +193,17 @@ def some_tensors(*, width=64, channels=3, norms=True):
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("name", "other", "what"),
     [
-        ("plain34", {}),
-        ("preact34", {}),
-        ("resnet34", {"width": 32}),
-        ("resnet34", {"norms": False}),
+        ("plain34", {}, "plain34"),
+        ("preact34", {}, "preact34"),
+        ("resnet34", {"width": 32}, "resnet34 of width 32"),
+        ("resnet34", {"norms": False}, "resnet34"),
     ],
 )
-def test_networks_that_torchvision_does_not_have(name, other):
+def test_networks_that_torchvision_does_not_have(name, other, what):
     text = _how_to_load(Path("w"), RESNET | {"name": name}, some_tensors(**other))
-    assert text == "torchvision has no such network; --config.init=w starts a run from it"
+    assert text == f"torchvision has no {what} for it; --config.init=w starts a run from it"
 
 
 def test_the_lines_that_load_it():

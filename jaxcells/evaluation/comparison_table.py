@@ -85,6 +85,7 @@ def table_markdown(
     rows: Sequence[Row],
     choice: Choice | None = None,
     comparisons: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """The comparison for a paper.
 
@@ -92,13 +93,14 @@ def table_markdown(
       rows: the experiments, in the order to show them.
       choice: what the rule chose; None leaves the rule and its outcome out.
       comparisons: `compare_with` of the chosen experiment on the test split.
+      notes: sentences that belong to the figures.
 
     Returns:
       Markdown: figures, cost (the chosen experiment bold), failures, the rule and how each
       experiment fared by it, the paired comparison on the test split.
     """
     parts = []
-    for block in _blocks(rows, choice, comparisons or {}):
+    for block in _blocks(rows, choice, comparisons or {}, notes):
         if isinstance(block, _Table):
             parts.append(_markdown_table(block))
         else:
@@ -110,10 +112,11 @@ def table_text(
     rows: Sequence[Row],
     choice: Choice | None = None,
     comparisons: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """What `table_markdown` says, as plain text at most 100 columns wide; ">" marks the chosen."""
     parts = []
-    for block in _blocks(rows, choice, comparisons or {}):
+    for block in _blocks(rows, choice, comparisons or {}, notes):
         if isinstance(block, _Table):
             parts.append(_text_table(block))
         else:
@@ -144,7 +147,10 @@ def _csv_line(row: Row) -> dict[str, Any]:
 
 
 def _blocks(
-    rows: Sequence[Row], choice: Choice | None, comparisons: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Row],
+    choice: Choice | None,
+    comparisons: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str],
 ) -> list[str | _Table]:
     """Paragraphs and tables, one after the other."""
     shown = [row for row in rows if row.validation]
@@ -154,13 +160,15 @@ def _blocks(
         several = any(len(row.seeds) > 1 for row in shown)
         over_seeds = "mean ± standard deviation over seeds, " if several else ""
         blocks += [
-            f"Accuracy: {over_seeds}95 % interval over independent fields (groups).",
+            f"Accuracy: {over_seeds}95 % interval over independent fields (groups), "
+            "not over seeds.",
             _figures_table(shown, marked),
             *_interval_notes(shown),
             "Cost: training time of one seed (its epochs by their median, compilation apart); "
             "multiply-adds of one crop, forward; memory that a training step needs.",
             _cost_table(shown, marked),
         ]
+    blocks += notes
     blocks += [f"{row.name} {row.status}: {_one_line(row.failure)}" for row in rows if row.failure]
     if choice:
         blocks += _choice_blocks(choice)
@@ -257,7 +265,7 @@ def _comparison_blocks(
         "number of tests."
     )
     header = ("experiment", "chosen less this,\ntest", "only chosen\nright", "only this\nright")
-    return [caption, _Table((*header, "McNemar\np"), cells)]
+    return [caption, _Table((*header, "McNemar p,\nfirst seeds"), cells)]
 
 
 def _markdown_table(table: _Table) -> str:

@@ -136,7 +136,11 @@ def keep_activations(
         for symmetry in range(repeats[side]):
             batches = eval_batches(array, labels, batch_size, rows)
             for start, batch in zip(itertools.count(0, batch_size), batches, strict=False):
-                inputs = {"image": batch["image"], "symmetry": symmetry + batch["label"]}
+                images_here = batch["image"]
+                inputs = {
+                    "image": images_here,
+                    "symmetry": np.full(len(images_here), symmetry, np.int32),
+                }
                 check_stop()
                 sharded = mesh.shard_batch(inputs, devices)
                 if not compile_s:
@@ -239,7 +243,7 @@ def _make_room(directory: Path, size: int) -> bool:
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
-    logger.info("%.1f GB of activations for %.1f GB of free disk", size / 1e9, free / 1e9)
+    logger.info("%.0f MB of activations for %.0f MB of free disk", size / 1e6, free / 1e6)
     # Checkpoints and figures need some of it, too.
     return size < 0.8 * free
 

@@ -61,6 +61,10 @@ class _Run:
     stop: StopRequest
     bar: tqdm
 
+    def until(self, phase: Phase) -> str:
+        """Says that an estimate is not of the whole run, where it is not."""
+        return "" if phase.last_step == self.num_steps else " until all is trained"
+
 
 def train(
     config: ConfigDict, workdir: Path, data: PreparedData, init: Initialization, *, start: float
@@ -250,10 +254,11 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
             meter.read()
             seconds = (time.monotonic() - first_trained) / _ESTIMATE_AFTER
             logger.info(
-                "%.1f images/s: about %s for the %d steps left, validation apart",
+                "%.1f images/s: about %s for the %d steps left%s, validation apart",
                 batch_size / seconds,
-                duration(seconds * (run.num_steps - step)),
-                run.num_steps - step,
+                duration(seconds * (phase.last_step - step)),
+                phase.last_step - step,
+                run.until(phase),
             )
         every_steps = config.checkpoint.every_steps
         if every_steps and step % every_steps == 0 and step % steps_per_epoch:
@@ -280,7 +285,7 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
         per_step = (time.monotonic() - first_trained) / (step - first_step)
         logger.info(
             "epoch %d/%d  train loss %.4f accuracy %.3f  val loss %.4f accuracy %.3f balanced "
-            "%.3f  %.1f images/s  %s left",
+            "%.3f  %.1f images/s  %s left%s",
             epoch,
             config.train.num_epochs,
             trained["loss"],
@@ -289,7 +294,8 @@ def _train_phase(run: _Run, phase: Phase, state: TrainState) -> TrainState:
             validated["accuracy"],
             validated["balanced_accuracy"],
             trained["images_per_second"],
-            duration(per_step * (run.num_steps - step)),
+            duration(per_step * (phase.last_step - step)),
+            run.until(phase),
         )
         meter.restart()
     return state

@@ -54,7 +54,7 @@ def make_optimizer(
     This is `torch.optim.SGD(dampening=0, nesterov=False)`: the learning rate multiplies the
     velocity when it is used, not the gradient when it is stored, so a schedule acts at once.
 
-    Weight decay acts on kernels only (more than one axis), not on biases, norm scales and shifts,
+    Weight decay acts on kernels only, not on biases, norm scales and shifts,
     where it only harms (He et al. 2019, Bag of Tricks, section 3.1). PyTorch, left to itself,
     decays them all.
 
@@ -91,4 +91,5 @@ def make_optimizer(
 
 
 def _kernels(params: Any) -> Any:
-    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+    # By name: in a scan over layers, the norms' parameters have two axes as well.
+    return map_with_path(lambda path, leaf: path.split("/")[-1] == "kernel", params)

@@ -62,6 +62,19 @@ def test_the_rate_is_not_part_of_the_state():
     assert names == ["[1].trace['kernel']", "[2].count"]
 
 
+def test_decay_reaches_kernels_and_no_stacked_norms():
+    params = {
+        "layer1_rest": {"bn1": {"scale": np.ones((3, 4), np.float32)}},
+        "fc": {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(4, np.float32)},
+    }
+    schedule = make_schedule("constant", learning_rate=1.0, num_steps=1)
+    tx = make_optimizer(schedule, momentum=0.0, weight_decay=0.5)
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+    np.testing.assert_array_equal(updates["fc"]["kernel"], -0.5)
+    np.testing.assert_array_equal(updates["fc"]["bias"], 0)
+    np.testing.assert_array_equal(updates["layer1_rest"]["bn1"]["scale"], 0)
+
+
 def test_cosine_ends_at_zero():
     schedule = make_schedule("cosine", learning_rate=0.2, num_steps=10)
     np.testing.assert_allclose([schedule(0), schedule(5), schedule(10)], [0.2, 0.1, 0], atol=1e-7)
