@@ -124,41 +124,29 @@ def keep_activations(
     if not fits:
         return None
 
-    step: Any = mesh.jit_predict_step(forward, devices)
-    rows = mesh.local_rows(batch_size, devices)
-    compile_s, start = 0.0, time.monotonic()
+    began = time.monotonic()
     partial = directory.with_name(directory.name + ".partial")
-    for side, array in images.items():
-        shape = shapes[side]
+    files: dict[str, np.memmap | None] = {}
+    for side, shape in shapes.items():
         stored = _as_bits(np.empty(0, shape.dtype)).dtype
-        file = create_array(partial / f"{side}.npy", shape.shape, stored) if primary else None
-        labels = np.zeros(len(array), np.int32)
-        for symmetry in range(repeats[side]):
-            batches = eval_batches(array, labels, batch_size, rows)
-            for start, batch in zip(itertools.count(0, batch_size), batches, strict=False):
-                images_here = batch["image"]
-                inputs = {
-                    "image": images_here,
-                    "symmetry": np.full(len(images_here), symmetry, np.int32),
-                }
-                check_stop()
-                sharded = mesh.shard_batch(inputs, devices)
-                if not compile_s:
-                    began = time.monotonic()
-                    step = step.lower(own, sharded).compile()
-                    compile_s = time.monotonic() - began
-                output = _as_bits(np.asarray(step(own, sharded)))
-                if file is not None:
-                    size = min(batch_size, len(array) - start)
-                    first = symmetry * len(array) + start
-                    file[first : first + size] = output[:size]
-        if file is not None:
-            file.flush()
+        files[side] = (
+            create_array(partial / f"{side}.npy", shape.shape, stored) if primary else None
+        )
+    compile_s = _compute(
+        mesh.jit_predict_step(forward, devices),
+        own,
+        images,
+        repeats,
+        files,
+        batch_size=batch_size,
+        devices=devices,
+        check_stop=check_stop,
+    )
     if primary:
         record = {
             "key": key,
             "sha256": {side: file_sha256(partial / f"{side}.npy") for side in images},
-            "seconds": time.monotonic() - start - compile_s,
+            "seconds": time.monotonic() - began - compile_s,
             "compile_s": compile_s,
         }
         (partial / _RECORD).write_text(json.dumps(record), encoding="utf-8")
@@ -166,6 +154,44 @@ def keep_activations(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("activations kept")
     return _open(directory, shapes, key)
+
+
+def _compute(
+    step: Any,
+    variables: Any,
+    images: Images,
+    repeats: Mapping[str, int],
+    files: Mapping[str, np.memmap | None],
+    *,
+    batch_size: int,
+    devices: jax.sharding.Mesh,
+    check_stop: Callable[[], None],
+) -> float:
+    """Fills the files, in the process that has them, and returns the seconds of compilation."""
+    compile_s = 0.0
+    rows = mesh.local_rows(batch_size, devices)
+    for side, array in images.items():
+        labels, file = np.zeros(len(array), np.int32), files[side]
+        for symmetry in range(repeats[side]):
+            batches = eval_batches(array, labels, batch_size, rows)
+            for first, batch in zip(itertools.count(0, batch_size), batches, strict=False):
+                check_stop()
+                symmetries = np.full(len(batch["image"]), symmetry, np.int32)
+                inputs = mesh.shard_batch(
+                    {"image": batch["image"], "symmetry": symmetries}, devices
+                )
+                if not compile_s:
+                    began = time.monotonic()
+                    step = step.lower(variables, inputs).compile()
+                    compile_s = time.monotonic() - began
+                output = _as_bits(np.asarray(step(variables, inputs)))
+                if file is not None:
+                    number = min(batch_size, len(array) - first)
+                    row = symmetry * len(array) + first
+                    file[row : row + number] = output[:number]
+        if file is not None:
+            file.flush()
+    return compile_s
 
 
 def symmetric_batches(
