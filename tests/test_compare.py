@@ -17,6 +17,7 @@ from configs import compare as compare_config
 from jaxcells import Error, experiment
 from jaxcells import compare as comparison
 from jaxcells.compare import compare
+from jaxcells.comparison_report import describe_circumstances
 from jaxcells.config import expand_comparison
 from jaxcells.evaluation.comparison import choose
 from jaxcells.evaluation.comparison_table import Row
@@ -388,7 +389,7 @@ def test_what_a_reader_must_know_stands_in_the_table(finished, experiments):
         Row("resnet18", test={"accuracy": 0.7}),
         Row("plain18", test={"accuracy": 0.8}),
     ]
-    assert comparison._notes(base, done, tested, rows, ["resnet18_seed0"]) == [
+    assert describe_circumstances(base, done, tested, rows, ["resnet18_seed0"]) == [
         "Note: plain18 is trained otherwise than the comparison says: in its own config "
         "train.num_epochs was 2, now 9.",
         "Brightness and contrast of the crops alone, by a linear classifier: accuracy 0.750 on the "

@@ -43,8 +43,21 @@ MAY_IMPORT = {
     ],
     "describe": ["config", "data", "evaluation", "models"],
     "gradients": ["config", "data", "evaluation", "models", "prepare", "training", "workdir"],
+    "comparison_report": [
+        *["config", "data", "evaluation", "logs", "models", "prepare"],
+        *["training.meter", "workdir"],
+    ],
     "compare": [
-        *["config", "data", "environment", "evaluation", "experiment", "logs", "models"],
+        *[
+            "comparison_report",
+            "config",
+            "data",
+            "environment",
+            "evaluation",
+            "experiment",
+            "logs",
+            "models",
+        ],
         *["prepare", "training", "workdir"],
     ],
     "cli": [
