@@ -3,7 +3,7 @@
 Importing this package, or anything under `jaxcells.data`, does not import JAX.
 """
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 __version__ = "0.1.0"
 

@@ -11,13 +11,12 @@ from typing import Literal
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
 from jaxcells.config import Experiment, expand_comparison, validate
-from jaxcells.errors import Error
 from jaxcells.evaluation.figures import plot_examples
-from jaxcells.logs import set_up_logging
-from jaxcells.prepare import prepare_crops, prepare_data
-from jaxcells.workdir import lock_workdir
+from jaxcells.files import Error, lock_workdir
+from jaxcells.workflows.prepare import prepare_crops, prepare_data
 
 logger = logging.getLogger("jaxcells")
 
@@ -48,6 +47,28 @@ images per channel. Results go to --workdir, by default runs/<name of the config
 results.json, predictions_test.csv, curves.png, confusion.png, crops/, checkpoints/.
 Every key is explained in configs/default.py.
 """
+
+
+class _AboveBars(logging.Handler):
+    """Writes to standard error without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"WARNING: {text}"
+        tqdm.write(text, file=sys.stderr)
+
+
+def set_up_logging(*, quiet: bool = False) -> None:
+    """Sends our own lines to standard error and keeps other libraries' to warnings.
+
+    Args:
+      quiet: warnings only, for all processes of a run but the first.
+    """
+    logger.handlers = [_AboveBars()]
+    logger.propagate = False
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
 
 _FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment: a file that defines get_config().")
@@ -163,7 +184,7 @@ def _comparison(config: ConfigDict) -> tuple[ConfigDict, list[Experiment]]:
 
 def _train(config: ConfigDict, workdir: Path) -> None:
     with _training():
-        from jaxcells.experiment import train_and_evaluate
+        from jaxcells.workflows.train import train_and_evaluate
 
         train_and_evaluate(config, workdir)
 
@@ -171,7 +192,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
 def _compare(config: ConfigDict, workdir: Path) -> None:
     base, experiments = _comparison(config)
     with _training():
-        from jaxcells.compare import compare
+        from jaxcells.workflows.compare import compare
 
         compare(base, experiments, workdir)
 
@@ -195,13 +216,13 @@ def _training() -> Iterator[None]:
 
 
 def _describe(config: ConfigDict, workdir: Path) -> None:
-    from jaxcells.describe import describe
+    from jaxcells.workflows.describe import describe
 
     describe(config, workdir)
 
 
 def _gradients(config: ConfigDict, workdir: Path) -> None:
-    from jaxcells.gradients import compare_gradients
+    from jaxcells.workflows.gradients import compare_gradients
 
     compare_gradients(config, workdir)
 
@@ -221,7 +242,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
 
 
 def _evaluate() -> None:
-    from jaxcells.experiment import check_config, evaluate
+    from jaxcells.workflows.train import check_config, evaluate
 
     workdir = _trained_workdir()
     if _FLAGS.config is not None:
@@ -230,7 +251,7 @@ def _evaluate() -> None:
 
 
 def _export() -> None:
-    from jaxcells.export import export_weights
+    from jaxcells.workflows.export import export_weights
 
     output = None if _FLAGS.output is None else Path(_FLAGS.output).expanduser()
     export_weights(_trained_workdir(), output, which=_which())

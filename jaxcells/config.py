@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxcells.data.images import parse_plane
 from jaxcells.data.splits import compile_group_pattern
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 KEYS = (
     *("seed", "init", "init_conv1"),

@@ -1,10 +1,130 @@
-"""Text files that are either whole or not there."""
+"""Errors, and files: written whole or not at all, where those of a run lie, who works there."""
 
 import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
+
+import filelock
+
+Record = TypeVar("Record")
+
+
+class Error(Exception):
+    """An expected failure: one line that says what was wrong, where, and what to do next.
+
+    Keys of the config are written as `data.crop_size=0`, which the command line turns into flags;
+    it prints the message and exits with code 2. Anything else that is raised is a bug in jaxcells
+    and keeps its traceback.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Where the files of a run lie; of a comparison, its experiments too. Nothing is made here.
+
+    Attributes:
+      path: the folder.
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def sample(self) -> Path:
+        """Images of the built-in sample, where it is used."""
+        return self.path / "sample"
+
+    @property
+    def tfds(self) -> Path:
+        """Images exported from a TFDS data set, where one is used."""
+        return self.path / "tfds"
+
+    @property
+    def crops(self) -> Path:
+        """Crops with their manifest."""
+        return self.path / "crops"
+
+    @property
+    def arrays(self) -> Path:
+        """The crops, decoded."""
+        return self.path / "arrays"
+
+    @property
+    def features(self) -> Path:
+        """What the frozen start of a network makes of the crops, while a run needs it."""
+        return self.path / "features"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def config(self) -> Path:
+        """All keys, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and devices, as JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Figures by epoch, a line of JSON each."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same as TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def history(self) -> Path:
+        """A line of JSON for each time that a split was opened."""
+        return self.path / "history.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """The figures of a finished run, as JSON."""
+        return self.path / "results.json"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run has begun to leave something that must not be mixed with another's."""
+        return self.results.exists() or any(self.checkpoints.glob("[0-9]*"))
+
+    @property
+    def experiments(self) -> Path:
+        """Of a comparison: a workdir per training."""
+        return self.path / "experiments"
+
+    @property
+    def comparison(self) -> Path:
+        """Of a comparison: tables, figures and the choice."""
+        return self.path / "compare"
+
+    def predictions(self, name: str) -> Path:
+        """Predicted classes and probabilities of a split, as CSV."""
+        return self.path / f"predictions_{name}.csv"
+
+    def evaluation(self, name: str) -> Path:
+        """Figures of a split that `evaluate` opened, as JSON."""
+        return self.path / f"evaluation_{name}.json"
+
+    def figure(self, name: str) -> Path:
+        """A picture, such as "curves" or "confusion"."""
+        return self.path / f"{name}.png"
 
 
 @contextlib.contextmanager
@@ -20,3 +140,101 @@ def write_whole(path: Path) -> Iterator[TextIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table that is either whole or not there; None is an empty cell."""
+    with write_whole(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that is either whole or not there."""
+    with write_whole(path) as file:
+        json.dump(value, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+      Error: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Error(
+            f"{path}: missing; {path.parent} is not the workdir of a run, give its folder"
+        ) from None
+    except ValueError as error:
+        raise Error(f"{path}: damaged ({error}); restore it, or choose another workdir") from error
+
+
+def from_record(record_class: type[Record], values: Any, source: object) -> Record:
+    """Makes a frozen dataclass from what `dataclasses.asdict` and JSON made of one.
+
+    Fields that are dataclasses themselves are made so too, and lists become tuples where the class
+    says so.
+
+    Args:
+      record_class: the class.
+      values: a dict with its fields, no more and no less.
+      source: what messages name, such as a file.
+
+    Raises:
+      Error: fields are missing or unknown, as in files of another version.
+    """
+    fields = {field.name for field in dataclasses.fields(record_class)}  # type: ignore[arg-type]
+    found = set(values) if isinstance(values, Mapping) else set()
+    if found != fields:
+        unknown, missing = sorted(found - fields), sorted(fields - found)
+        what = [f"unknown: {', '.join(unknown)}"] if unknown else []
+        what += [f"missing: {', '.join(missing)}"] if missing else []
+        raise Error(
+            f"{source}: written by another version of jaxcells ({'; '.join(what)}); use that "
+            "version, or choose another workdir"
+        )
+    hints = typing.get_type_hints(record_class)
+    return record_class(**{k: _from_json(hints[k], v, source) for k, v in values.items()})
+
+
+def _from_json(hint: Any, value: Any, source: object) -> Any:
+    if isinstance(hint, types.UnionType):  # such as `Record | None`
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        return None if value is None else _from_json(options[0], value, source)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_record(hint, value, source)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        inner = typing.get_args(hint)[0]
+        return tuple(_from_json(inner, item, source) for item in value)
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Makes a workdir and keeps other processes out of it; a killed process holds no lock.
+
+    Raises:
+      Error: another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(workdir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Error(
+            f"{workdir}: another process is working there; wait for it, or choose another workdir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -16,7 +16,7 @@ from jaxcells.config import (
     parse_multipliers,
     validate,
 )
-from jaxcells.workdir import read_json, write_json
+from jaxcells.files import read_json, write_json
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 

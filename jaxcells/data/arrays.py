@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxcells.data.crop_set import CropSet
-from jaxcells.data.fields import SIDES
+from jaxcells.data.fields import SPLITS
 from jaxcells.data.images import read_image
 from jaxcells.data.manifest import CropRecord, pixel_sha256
 from jaxcells.data.parallel import parallel_map
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for side in SIDES:
+        for side in SPLITS:
             _write_images(crop_set, side, partial / f"{side}.npy")
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
@@ -84,7 +84,7 @@ def _open(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays] | Non
     """Returns the arrays, or None if any pixel is not that of the manifest."""
     number = {name: label for label, name in enumerate(crop_set.class_names)}
     arrays = {}
-    for side in SIDES:
+    for side in SPLITS:
         records = crop_set.split(side)
         try:
             images = np.load(directory / f"{side}.npy", mmap_mode="r")

@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxcells.data.arrays import SplitArrays
 from jaxcells.data.crop_set import CropSet
-from jaxcells.data.fields import SIDES
+from jaxcells.data.fields import SPLITS
 from jaxcells.data.manifest import CropRecord
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 FEW_FIELDS = 5
 _NEAR_CONSTANT = 0.005
@@ -113,9 +113,9 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
 def describe_audit(audit: Audit, class_names: Sequence[str]) -> str:
     """Returns the audit as lines for the terminal: a table of counts, then the findings."""
     width = max(len(name[:40]) for name in (*class_names, "class"))
-    lines = [f"{'class':{width}}" + "".join(f"  {side:>16}" for side in SIDES)]
+    lines = [f"{'class':{width}}" + "".join(f"  {side:>16}" for side in SPLITS)]
     for name in class_names:
-        cells = (audit.counts[side][name] for side in SIDES)
+        cells = (audit.counts[side][name] for side in SPLITS)
         lines.append(
             f"{name[:40]:{width}}" + "".join(f"  {c['crops']:>7} / {c['fields']:<6}" for c in cells)
         )
@@ -196,7 +196,7 @@ def _counts(
         side: {
             name: {"crops": crops[side, name], "fields": fields[side, name]} for name in class_names
         }
-        for side in SIDES
+        for side in SPLITS
     }
 
 

@@ -4,17 +4,16 @@ What is opened is checked: files, manifest and pixels must be those that were wr
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxcells.data.fields import SIDES, is_hidden
+from jaxcells.data.fields import SPLITS, is_hidden
 from jaxcells.data.images import read_image
 from jaxcells.data.manifest import CropRecord, pixel_sha256, read_manifest
 from jaxcells.data.parallel import parallel_map
-from jaxcells.errors import Error
+from jaxcells.files import Error, file_sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ def open_crop_set(directory: Path) -> CropSet:
     listed = {record.crop for record in crop_set.records}
     present = {
         file.relative_to(directory).as_posix()
-        for side in SIDES
+        for side in SPLITS
         for file in (directory / side).rglob("*")
         if file.is_file() and not is_hidden(file)
     }
@@ -115,9 +114,3 @@ def verify_pixels(crop_set: CropSet) -> None:
             f"({len(changed)} of {len(good)} crops were changed); choose another --workdir, or "
             f"delete {crop_set.directory} to draw again"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

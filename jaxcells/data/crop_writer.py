@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcells.data.crop_set import CropSet, file_sha256, open_crop_set, verify_pixels
+from jaxcells.data.crop_set import CropSet, open_crop_set, verify_pixels
 from jaxcells.data.crops import Border, Crop, draw_crops
-from jaxcells.data.fields import SIDES, Field, find_fields, image_notes, usable_fields
+from jaxcells.data.fields import SPLITS, Field, find_fields, image_notes, usable_fields
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.manifest import CropRecord, pixel_sha256, write_manifest
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.splits import with_groups
-from jaxcells.errors import Error
+from jaxcells.files import Error, file_sha256
 
 logger = logging.getLogger("jaxcells")
 
@@ -111,7 +111,7 @@ def prepare_crop_set(
     )
     crops = draw_crops(
         kept,
-        dict(zip(SIDES, split, strict=True)),
+        dict(zip(SPLITS, split, strict=True)),
         size,
         seed=seed,
         split_by=split_by,
@@ -149,7 +149,7 @@ def write_crop_set(
     start = time.monotonic()
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for side in SIDES:
+    for side in SPLITS:
         for label in {crop.field.label for crop in crops}:
             (partial / side / label).mkdir(parents=True)
 
@@ -189,7 +189,7 @@ def write_crop_set(
     written = parallel_map(write_field, list(by_field.values()), title="writing crops")
     records = sorted(
         (record for _, of_field in written for record in of_field),
-        key=lambda r: (SIDES.index(r.split), r.label, r.source, r.y, r.x),
+        key=lambda r: (SPLITS.index(r.split), r.label, r.source, r.y, r.x),
     )
     write_manifest(partial / "manifest.csv", records)
     hashes = {name: sha256 for name, (sha256, _) in zip(by_field, written, strict=True)}

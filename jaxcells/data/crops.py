@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxcells.data.fields import SIDES, Field, num_positions
+from jaxcells.data.fields import SPLITS, Field, num_positions
 from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
 from jaxcells.data.splits import allot
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 Border = tuple[int, int, int, int]
 
@@ -104,7 +104,7 @@ def draw_crops(
         else:
             crops = [Crop(field, y, x, side_of[field.name]) for field, y, x in drawn]
     return sorted(
-        crops, key=lambda c: (SIDES.index(c.split), c.field.label, c.field.name, c.y, c.x)
+        crops, key=lambda c: (SPLITS.index(c.split), c.field.label, c.field.name, c.y, c.x)
     )
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from jaxcells.data.images import SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 logger = logging.getLogger("jaxcells")
 
-SIDES = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 _SIDE_NAMES = {
     "train": "train",
     "training": "train",
@@ -263,7 +263,7 @@ def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
             f"{root}: folders {_some(sorted(sides))} look like a split, {_some(others)} like "
             "classes; use either root/<class>/ or root/{train,val,test}/<class>/"
         )
-    if sorted(sides.values()) != sorted(SIDES):
+    if sorted(sides.values()) != sorted(SPLITS):
         raise Error(
             f"{root}: a folder that comes split needs train, val and test, and has "
             f"{_some(sorted(sides))}"
@@ -272,12 +272,12 @@ def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
 
 
 def _check_same_classes(root: Path, class_folders: list[tuple[str | None, str, Path]]) -> None:
-    classes = {side: {label for s, label, _ in class_folders if s == side} for side in SIDES}
+    classes = {side: {label for s, label, _ in class_folders if s == side} for side in SPLITS}
     everywhere = set.intersection(*classes.values())
-    for side in SIDES:
+    for side in SPLITS:
         odd = sorted(classes[side] - everywhere)
         if odd:
-            without = [s for s in SIDES if odd[0] not in classes[s]]
+            without = [s for s in SPLITS if odd[0] not in classes[s]]
             raise Error(
                 f"{root}: class {odd[0]!r} is in {side} but not in {' and '.join(without)}; "
                 "train, val and test need the same class folders"

@@ -16,7 +16,7 @@ from jaxcells.data.picture import Picture, Refused, orient
 from jaxcells.data.planes import Plane, parse_plane
 from jaxcells.data.raster import open_bmp, open_jpeg, open_png
 from jaxcells.data.tiff import open_tiff
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 __all__ = [
     "SUFFIXES",

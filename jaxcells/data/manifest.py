@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 _COLUMNS = ("crop", "class", "channel", "source", "group", "y", "x", "split", "sha256")
 

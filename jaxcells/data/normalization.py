@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

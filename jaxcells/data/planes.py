@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxcells.data.picture import Refused
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 Plane = Mapping[str, int | str]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcells.data.fields import Field
 from jaxcells.data.rng import named_generator
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 _ATTEMPTS = 2000
 

@@ -18,7 +18,7 @@ from PIL import Image
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
 from jaxcells.data.simulation import CellLine, draw_acquisition, draw_channel, simulate_field
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 # The phases of membranes and granules are tuned so that crops of all lines have one mean deviation.
 CELL_LINES = (

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcells.data.crop_set import file_sha256
 from jaxcells.data.images import read_image
 from jaxcells.data.manifest import CropRecord, pixel_sha256, read_manifest
 from jaxcells.data.tfds_source import export_tfds, import_tfds, read_data_source
-from jaxcells.errors import Error
+from jaxcells.files import Error, file_sha256
 
 __all__ = ["export_tfds", "prepare_tfds", "read_data_source"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 logger = logging.getLogger("jaxcells")
 

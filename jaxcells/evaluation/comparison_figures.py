@@ -15,7 +15,7 @@ from matplotlib.transforms import offset_copy
 
 from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.figures import epoch_curve, save_figure
-from jaxcells.evaluation.metrics import shortened
+from jaxcells.text import shortened
 
 # Okabe and Ito 2008, without the yellow, which is lost on white. More series than colours take
 # the next line style and marker.

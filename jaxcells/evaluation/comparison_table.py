@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxcells.evaluation.comparison import Choice
-from jaxcells.evaluation.metrics import shortened
 from jaxcells.files import write_whole
+from jaxcells.text import shortened
 
 _WIDTH = 100  # of the text; Markdown may be wider
 _SHORTEST_NAME = 12

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxcells.evaluation.metrics import shortened
+from jaxcells.text import shortened
 
 # Okabe and Ito 2008: told apart with every common colour vision, and in grey by line style.
 _STYLE = {

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxcells.text import shortened
+
 # A softmax in float32 underflows to 0 below this: one crop then costs at most 87.3 nats of loss.
 _SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 # With fewer units than this in a class, no interval over units keeps its promise.
@@ -137,15 +139,6 @@ def summary_table(metrics: dict[str, Any], title: str) -> str:
     for note in notes:
         lines += textwrap.wrap(note, 80, initial_indent="  note: ", subsequent_indent="        ")
     return "\n".join(lines)
-
-
-def shortened(text: str, width: int) -> str:
-    """`text`, or its start and its end around an ellipsis where it is longer than `width`."""
-    if len(text) <= width:
-        return text
-    # Names of cell lines often differ in their last words.
-    tail = width // 3
-    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
 
 
 def per_unit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.models.preact import BasicUnit, BottleneckUnit, PreActResNet
 from jaxcells.models.resnet import BasicBlock, Bottleneck, ResNet
 

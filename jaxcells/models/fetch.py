@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 logger = logging.getLogger("jaxcells")
 

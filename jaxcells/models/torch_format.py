@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.models.preact import unstack
 
 KeyPath = tuple[str, ...]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.models.preact import unstack
 from jaxcells.models.torch_format import (
     KeyPath,

@@ -26,8 +26,8 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from jaxcells.data.arrays import create_array
-from jaxcells.data.crop_set import file_sha256
 from jaxcells.data.loader import Batch, eval_batches
+from jaxcells.files import file_sha256
 from jaxcells.training import mesh
 from jaxcells.training.augment import apply_symmetries
 from jaxcells.training.state import apply_segments

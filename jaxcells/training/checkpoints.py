@@ -32,7 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.training.state import TrainState
 
 Which = int | Literal["latest", "best"]

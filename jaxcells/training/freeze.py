@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 
 def matches(patterns: Sequence[str], path: str) -> bool:

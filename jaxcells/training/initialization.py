@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcells.data.crop_set import CropSet
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet, file_sha256
 from jaxcells.models.weights import (
     Conv1,

@@ -18,18 +18,24 @@ from jaxcells.config import parse_multipliers
 from jaxcells.data.crop_set import CropSet
 from jaxcells.data.loader import eval_batches, num_batches
 from jaxcells.data.normalization import Normalization, fit_normalization
-from jaxcells.errors import Error
-from jaxcells.logs import MetricWriter, duration, open_metrics
+from jaxcells.files import Error
 from jaxcells.models import create_model
-from jaxcells.prepare import PreparedData
+from jaxcells.text import duration
 from jaxcells.training import checkpoints, mesh, optim, steps
 from jaxcells.training.activations import discard_activations
 from jaxcells.training.freeze import Phase, make_phases
 from jaxcells.training.initialization import Initialization, initialize, seen_images
 from jaxcells.training.inputs import make_inputs
-from jaxcells.training.meter import Meter, Progress, check_finite
+from jaxcells.training.progress import (
+    Meter,
+    MetricWriter,
+    Progress,
+    check_finite,
+    open_metrics,
+)
 from jaxcells.training.signals import Interrupted, StopRequest
 from jaxcells.training.state import TrainState, apply_segments, create_train_state
+from jaxcells.workflows.prepare import PreparedData
 
 logger = logging.getLogger("jaxcells")
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Wrapped
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.training.steps import EvalStep, PredictStep, TrainStep
 
 Tree = TypeVar("Tree")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.training.freeze import map_with_path, matches
 
 

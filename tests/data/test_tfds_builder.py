@@ -18,14 +18,14 @@ from jaxcells.data.manifest import CropRecord, pixel_sha256, write_manifest
 from jaxcells.data.tfds_builder import export_tfds, prepare_tfds, read_data_source
 
 LABELS = ("HT-29 (b)", "a.1", "é")
-SIDES = {"train": 4, "val": 2, "test": 2}
+SPLITS = {"train": 4, "val": 2, "test": 2}
 
 
 def make_crops(directory, *, dtype="uint8", channels=1, seed=0):
     """Writes a crop set and returns its records and its pixels by crop."""
     rng = np.random.default_rng(seed)
     records, pixels = [], {}
-    for side, number in SIDES.items():
+    for side, number in SPLITS.items():
         for label in LABELS:
             (directory / side / label).mkdir(parents=True)
             for i in range(number):
@@ -115,11 +115,11 @@ def test_crop_set_reads_back_as_it_was(tmp_path, capfd, dtype, channels, feature
     builder = prepare_tfds(tmp_path / "crops", tmp_path / "tfds")
     assert type(builder.info.features["image"]) is feature
     assert {s: info.num_examples for s, info in builder.info.splits.items()} == {
-        side: 3 * number for side, number in SIDES.items()
+        side: 3 * number for side, number in SPLITS.items()
     }
     of_crop = {record.crop: record for record in records}
     seen = set()
-    for side in SIDES:
+    for side in SPLITS:
         for example in read_data_source("jaxcells_crops", split=side, data_dir=tmp_path / "tfds"):
             crop = example["crop"].decode()
             record = of_crop[crop]

@@ -12,14 +12,14 @@ from flax.traverse_util import flatten_dict
 
 from configs import default
 from jaxcells.data.normalization import fit_normalization
-from jaxcells.logs import read_metrics
 from jaxcells.models import create_model
-from jaxcells.prepare import prepare_data
 from jaxcells.training import activations, inputs, loop
 from jaxcells.training.activations import discard_activations, keep_activations
 from jaxcells.training.checkpoints import restore_variables
 from jaxcells.training.initialization import Initialization
+from jaxcells.training.progress import read_metrics
 from jaxcells.training.signals import Interrupted, StopRequest
+from jaxcells.workflows.prepare import prepare_data
 from tests.data.folders import write_folder
 
 # The same sums of float32 in another order: around the cut, layers are compiled apart.

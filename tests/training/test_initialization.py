@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 from jaxcells import Error
 from jaxcells.data.crop_writer import prepare_crop_set
-from jaxcells.export import export_weights
 from jaxcells.models import create_model
 from jaxcells.models.fetch import WeightsUnavailableError
 from jaxcells.models.torch_format import to_torch
@@ -23,6 +22,7 @@ from jaxcells.training.initialization import (
     seen_images,
 )
 from jaxcells.training.state import create_train_state
+from jaxcells.workflows.export import export_weights
 from tests.data.folders import textured, write_image
 
 

@@ -10,13 +10,12 @@ from flax.traverse_util import flatten_dict
 
 from configs import default
 from jaxcells import Error
-from jaxcells.logs import read_metrics
-from jaxcells.prepare import prepare_data
 from jaxcells.training import loop
 from jaxcells.training.checkpoints import _read_arrays, list_steps, restore_variables
 from jaxcells.training.initialization import Initialization
-from jaxcells.training.meter import Progress
+from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.signals import Interrupted, StopRequest
+from jaxcells.workflows.prepare import prepare_data
 from tests.data.folders import write_folder
 
 NUM_STEPS = 15  # three epochs of 40 crops in batches of 8

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxcells.logs import read_metrics
+from jaxcells.files import lock_workdir
 from jaxcells.training.checkpoints import _read_arrays, best_step, list_steps
-from jaxcells.workdir import lock_workdir
+from jaxcells.training.progress import read_metrics
 from tests.data.folders import textured, write_image
 
 REPOSITORY = Path(__file__).parents[1]

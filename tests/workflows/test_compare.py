@@ -16,15 +16,15 @@ import pytest
 from configs import compare as compare_config
 from jaxcells import Error, experiment
 from jaxcells import compare as comparison
-from jaxcells.compare import compare
-from jaxcells.comparison_report import describe_circumstances
 from jaxcells.config import expand_comparison
 from jaxcells.evaluation.comparison import choose
 from jaxcells.evaluation.comparison_table import Row
-from jaxcells.logs import read_metrics
 from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps, restore_variables
+from jaxcells.training.progress import read_metrics
 from jaxcells.training.signals import Interrupted
+from jaxcells.workflows.compare import compare
+from jaxcells.workflows.comparison_report import describe_circumstances
 from tests.data.folders import write_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"

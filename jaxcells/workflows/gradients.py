@@ -16,15 +16,13 @@ from tqdm import tqdm
 from jaxcells.data.arrays import SplitArrays
 from jaxcells.data.loader import num_batches, train_batches
 from jaxcells.data.normalization import Normalization, fit_normalization
-from jaxcells.errors import Error
 from jaxcells.evaluation.gradient_figures import describe_gradients, plot_gradients
-from jaxcells.files import write_whole
+from jaxcells.files import Error, lock_workdir, write_whole
 from jaxcells.models import MODEL_NAMES, create_model
-from jaxcells.prepare import prepare_data
 from jaxcells.training import mesh, optim, steps
 from jaxcells.training.gradients import depths, measure_gradients, record_norms
 from jaxcells.training.state import create_train_state
-from jaxcells.workdir import lock_workdir
+from jaxcells.workflows.prepare import prepare_data
 
 logger = logging.getLogger("jaxcells")
 

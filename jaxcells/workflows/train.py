@@ -14,22 +14,21 @@ from ml_collections import ConfigDict
 from jaxcells.config import data_source, differences, parse_multipliers
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.crop_set import open_crop_set, verify_pixels
-from jaxcells.data.fields import SIDES
+from jaxcells.data.fields import SPLITS
 from jaxcells.environment import describe_environment
-from jaxcells.errors import Error
 from jaxcells.evaluation.baseline import mean_std_baseline
-from jaxcells.evaluation.evaluate import (
+from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
+from jaxcells.evaluation.metrics import summary_table
+from jaxcells.evaluation.predict import (
     load_network,
     predict_split,
     split_metrics,
     write_history,
     write_predictions,
 )
-from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
-from jaxcells.evaluation.metrics import summary_table
-from jaxcells.logs import duration, read_metrics
+from jaxcells.files import Error, lock_workdir, read_json, write_json
 from jaxcells.models import create_model
-from jaxcells.prepare import PreparedData, prepare_crops, prepare_data
+from jaxcells.text import duration
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import Which, list_steps
 from jaxcells.training.freeze import check_patterns
@@ -39,8 +38,8 @@ from jaxcells.training.initialization import (
     find_initialization,
 )
 from jaxcells.training.loop import check_crops, train
-from jaxcells.training.meter import Progress
-from jaxcells.workdir import lock_workdir, read_json, write_json
+from jaxcells.training.progress import Progress, read_metrics
+from jaxcells.workflows.prepare import PreparedData, prepare_crops, prepare_data
 
 logger = logging.getLogger("jaxcells")
 
@@ -153,8 +152,8 @@ def evaluate(workdir: Path, *, split: str, which: Which) -> Results:
     Raises:
       Error: not a workdir, no such checkpoint or split, or crops that changed.
     """
-    if split not in SIDES:
-        raise Error(f"--split={split}: there is no such split; use one of {', '.join(SIDES)}")
+    if split not in SPLITS:
+        raise Error(f"--split={split}: there is no such split; use one of {', '.join(SPLITS)}")
     network = load_network(workdir, which)
     crop_set = open_crop_set(workdir / "crops")
     check_crops(network.meta, crop_set, workdir)

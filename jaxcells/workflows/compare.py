@@ -17,7 +17,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.comparison_report import (
+from jaxcells.config import Experiment
+from jaxcells.environment import describe_environment
+from jaxcells.evaluation.comparison import Choice, choose
+from jaxcells.evaluation.predict import (
+    has_opened,
+    load_network,
+    predict_split,
+    write_predictions,
+)
+from jaxcells.files import Error, lock_workdir, read_json, write_json
+from jaxcells.training import mesh
+from jaxcells.training.checkpoints import list_steps
+from jaxcells.training.signals import Interrupted
+from jaxcells.workflows.comparison_report import (
     Trained,
     by_name,
     experiment_names,
@@ -26,17 +39,8 @@ from jaxcells.comparison_report import (
     training_folder,
     write_report,
 )
-from jaxcells.config import Experiment
-from jaxcells.environment import describe_environment
-from jaxcells.errors import Error
-from jaxcells.evaluation.comparison import Choice, choose
-from jaxcells.evaluation.evaluate import (
-    has_opened,
-    load_network,
-    predict_split,
-    write_predictions,
-)
-from jaxcells.experiment import (
+from jaxcells.workflows.prepare import PreparedData
+from jaxcells.workflows.train import (
     Results,
     check_config,
     find_start,
@@ -44,11 +48,6 @@ from jaxcells.experiment import (
     prepare_together,
     train_run,
 )
-from jaxcells.prepare import PreparedData
-from jaxcells.training import mesh
-from jaxcells.training.checkpoints import list_steps
-from jaxcells.training.signals import Interrupted
-from jaxcells.workdir import lock_workdir, read_json, write_json
 
 logger = logging.getLogger("jaxcells")
 

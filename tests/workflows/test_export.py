@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 
 import jaxcells
 from jaxcells import Error
-from jaxcells.export import _how_to_load, export_weights
 from jaxcells.models import create_model
 from jaxcells.models.preact import unstack
 from jaxcells.models.torch_format import to_torch
 from jaxcells.models.weights import load_pretrained
 from jaxcells.training import checkpoints
 from jaxcells.training.state import inference_state
+from jaxcells.workflows.export import _how_to_load, export_weights
 from tests.models.seeded_tensors import seeded_tensor
 from tools.torchvision_import import import_torchvision
 

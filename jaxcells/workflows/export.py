@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jaxcells import __version__
-from jaxcells.errors import Error
+from jaxcells.files import Error
 from jaxcells.models.torch_format import to_torch
 from jaxcells.training.checkpoints import Which, restore_variables
 

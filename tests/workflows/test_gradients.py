@@ -9,10 +9,10 @@ from flax.traverse_util import flatten_dict
 
 from configs import gradients as shipped
 from jaxcells import Error, gradients
-from jaxcells.gradients import compare_gradients
 from jaxcells.models.preact import BasicUnit, PreActResNet
 from jaxcells.models.resnet import BasicBlock, ResNet
 from jaxcells.training.state import create_train_state
+from jaxcells.workflows.gradients import compare_gradients
 from tests.data.folders import write_folder
 
 

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import Experiment, differences
 from jaxcells.data.arrays import SplitArrays
-from jaxcells.errors import Error
 from jaxcells.evaluation.comparison import Choice, compare_with, split_figures
 from jaxcells.evaluation.comparison_figures import (
     plot_accuracy_against_time,
@@ -23,13 +22,11 @@ from jaxcells.evaluation.comparison_table import (
     table_text,
     write_table_csv,
 )
-from jaxcells.files import write_whole
-from jaxcells.logs import read_metrics
+from jaxcells.files import Error, read_json, write_json, write_whole
 from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
-from jaxcells.prepare import PreparedData
-from jaxcells.training.meter import Progress
-from jaxcells.workdir import read_json, write_json
+from jaxcells.training.progress import Progress, read_metrics
+from jaxcells.workflows.prepare import PreparedData
 
 Results = dict[str, Any]
 

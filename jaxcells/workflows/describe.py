@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxcells.config import data_source
-from jaxcells.data.fields import SIDES, is_hidden
+from jaxcells.data.fields import SPLITS, is_hidden
 from jaxcells.data.synthetic import CELL_LINES
 from jaxcells.evaluation.diagram import plot_network
 from jaxcells.models import create_model
@@ -61,7 +61,7 @@ def _class_names(config: ConfigDict) -> list[str]:
         return []
     folders = _sub_folders(Path(config.data.root).expanduser())
     training = [folder for folder in folders if folder.name.lower() in ("train", "training")]
-    if training and len(folders) == len(SIDES):  # comes split
+    if training and len(folders) == len(SPLITS):  # comes split
         folders = _sub_folders(training[0])
     return [folder.name for folder in folders]
 

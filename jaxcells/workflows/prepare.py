@@ -18,7 +18,7 @@ from jaxcells.data.audit import Audit, audit_crops, describe_audit
 from jaxcells.data.crop_set import CropSet
 from jaxcells.data.crop_writer import prepare_crop_set
 from jaxcells.data.tfds_source import export_tfds
-from jaxcells.errors import Error
+from jaxcells.files import Error
 
 logger = logging.getLogger("jaxcells")
 

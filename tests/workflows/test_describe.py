@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from configs import default
-from jaxcells.describe import describe
 from jaxcells.models import create_model
 from jaxcells.models.summary import layer_table, summarize
+from jaxcells.workflows.describe import describe
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def test_table_file_and_picture(config, tmp_path, capsys, caplog):
 
 def test_plain_network_is_drawn_as_one(config, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("jaxcells.describe.plot_network", lambda *_, **kw: drawn.append(kw))
+    monkeypatch.setattr(
+        "jaxcells.workflows.describe.plot_network", lambda *_, **kw: drawn.append(kw)
+    )
     describe(config, tmp_path)
     config.model.name = "plain18"
     describe(config, tmp_path)
@@ -55,7 +57,7 @@ def test_plain_network_is_drawn_as_one(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_classes_are_the_folders(config, tmp_path, capsys, split, monkeypatch):
-    monkeypatch.setattr("jaxcells.describe.plot_network", lambda *_, **kw: None)
+    monkeypatch.setattr("jaxcells.workflows.describe.plot_network", lambda *_, **kw: None)
     root = tmp_path / "images"
     for side in ("Train", "val", "test") if split else ("",):
         for name in ("a", "b", "c d", "e", ".hidden"):
@@ -67,7 +69,7 @@ def test_classes_are_the_folders(config, tmp_path, capsys, split, monkeypatch):
 
 
 def test_what_is_not_known_is_said(config, tmp_path, capsys, caplog, monkeypatch):
-    monkeypatch.setattr("jaxcells.describe.plot_network", lambda *_, **kw: None)
+    monkeypatch.setattr("jaxcells.workflows.describe.plot_network", lambda *_, **kw: None)
     caplog.set_level(logging.INFO, "jaxcells")
     config.data.source = "tfds:cells"
     config.data.crop_size = 0

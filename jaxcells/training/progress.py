@@ -1,15 +1,20 @@
-"""What a run has added up so far: sums of the epoch under way, and the clock of every stage."""
+"""What a run has added up so far, and what it tells: metrics.jsonl and TensorBoard files."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import tensorboardX
 
-from jaxcells.errors import Error
+from jaxcells.files import Error, write_whole
 
 
 @dataclasses.dataclass
@@ -123,3 +128,60 @@ def check_finite(loss: float, step: int) -> None:
             f"the loss is {loss} at step {step}, and nothing of it was saved; try a lower "
             "--config.optim.learning_rate in a new --workdir, or look for broken pixels"
         )
+
+
+class MetricWriter:
+    """Appends records to metrics.jsonl and to TensorBoard event files.
+
+    Records of later steps than `first_step`, left by a run that was cut off after its last
+    checkpoint, are removed first: they will be written again.
+    """
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        self._path = workdir / "metrics.jsonl"
+        kept = [record for record in read_metrics(self._path) if record["step"] <= first_step]
+        with write_whole(self._path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes one record; it needs "step" and "split", and every float becomes a curve."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, float):
+                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+@contextlib.contextmanager
+def open_metrics(workdir: Path, *, first_step: int, primary: bool) -> Iterator[MetricWriter | None]:
+    """Opens a `MetricWriter` in the process that writes files; None in the others."""
+    if not primary:
+        yield None
+        return
+    writer = MetricWriter(workdir, first_step)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl; a line that was cut off while it was written is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records

@@ -1,0 +1,112 @@
+"""How tables, numbers and times are written for people, everywhere the same."""
+
+from collections.abc import Sequence
+
+
+def shortened(text: str, width: int) -> str:
+    """`text`, or its start and its end around an ellipsis where it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    # Names of cell lines often differ in their last words.
+    tail = width // 3
+    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
+
+
+def one_line(text: object) -> str:
+    """`text` with all runs of white space as single spaces."""
+    return " ".join(str(text).split())
+
+
+def some(items: Sequence[str], limit: int = 4) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f", … {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """A number above 0 with so many digits, and never as a power of ten: 0.45, 86, 4.50, 1234."""
+    for decimals in range(significant):
+        whole = 10 ** (significant - 1 - decimals)
+        if value >= whole - 0.5 * 10**-decimals:
+            return f"{value:.{decimals}f}"
+    return f"{value:.{significant - 1}f}"
+
+
+def amount(value: float) -> str:
+    """A number with three digits and a prefix: 21.8 M, 1.00 M for 999,600, 3.66 G, 512."""
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * scale:
+            return f"{digits(value / scale)} {prefix}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """0.45 s, 45 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{digits(seconds, 2)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def by(shape: Sequence[int]) -> str:
+    """The sides of something: 200x200x3."""
+    return "x".join(map(str, shape))
+
+
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, marks: str = ""
+) -> str:
+    """A table in columns of one width each.
+
+    Args:
+      header: the head of every column; may have line breaks.
+      rows: the cells.
+      left: so many columns are justified to the left, the others to the right.
+      marks: a character in front of every row; "" leaves them out.
+    """
+    heads = [head.split("\n") for head in header]
+    height = max(map(len, heads))
+    lines = [[""] * (height - len(head)) + head for head in heads]
+    table = [*map(list, zip(*lines, strict=True)), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    marked = " " * height + marks if marks else ""
+    return "\n".join(
+        (f"{marked[number]} " if marked else "")
+        + "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for number, cells in enumerate(table)
+    )
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, bold: Sequence[int] = ()
+) -> str:
+    """A table in Markdown, whose source is a table too; `bold` numbers rows."""
+    cells = [[markdown(cell) for cell in row] for row in rows]
+    cells = [[f"**{c}**" for c in row] if n in bold else row for n, row in enumerate(cells)]
+    heads = [head.replace("-\n", "-").replace("\n", " ") for head in header]
+    widths = [max(3, *map(len, column)) for column in zip(heads, *cells, strict=True)]
+    rule = ["-" * w if n < left else "-" * (w - 1) + ":" for n, w in enumerate(widths)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(line, [heads, rule, *cells]))
+
+
+def markdown(text: str) -> str:
+    """`text` with what Markdown would take for its own escaped."""
+    for character in "\\|*_<`":
+        text = text.replace(character, f"\\{character}")
+    return text
