@@ -207,9 +207,11 @@ def _from_json(hint: Any, value: Any, source: object) -> Any:
         return None if value is None else _from_json(options[0], value, source)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_record(hint, value, source)
+    inner = typing.get_args(hint)
     if typing.get_origin(hint) is tuple and isinstance(value, list):
-        inner = typing.get_args(hint)[0]
-        return tuple(_from_json(inner, item, source) for item in value)
+        return tuple(_from_json(inner[0], item, source) for item in value)
+    if typing.get_origin(hint) in (dict, Mapping) and isinstance(value, dict):
+        return {key: _from_json(inner[1], item, source) for key, item in value.items()}
     return value
 
 

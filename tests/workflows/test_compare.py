@@ -27,7 +27,7 @@ from jaxcells.workflows.compare import compare
 from jaxcells.workflows.comparison_report import describe_circumstances
 from tests.data.folders import write_folder
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 LABELS = ["resnet18_seed0", "resnet18_seed1", "plain18_seed0", "plain18_seed1"]
 STEPS = 10  # two epochs of 40 crops in batches of 8
 

@@ -21,7 +21,7 @@ from jaxcells.training.checkpoints import _read_arrays, best_step, list_steps
 from jaxcells.training.progress import read_metrics
 from tests.data.folders import textured, write_image
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 OVERRIDES = [
     *("--config.model.width=4", "--config.data.crop_size=32", "--config.data.crops_per_class=40"),
     *("--config.data.split=28,6,6", "--config.train.batch_size=8", "--config.train.num_epochs=4"),
