@@ -51,7 +51,10 @@ def get_config() -> ConfigDict:
     config.data.border = (0, 0, 0, 0)
     # Redraw crops with less than this fraction of foreground; 0 keeps all.
     config.data.min_foreground = 0.0
-    # Which plane of a stack to read, such as "T=0" or "Z=3,T=0".
+    # Files to leave out: a regular expression that is searched in the path below data.root, such as
+    # "_mask" for segmentations that lie beside their images.
+    config.data.exclude = ""
+    # Which plane of a stack to read, such as "T=0" or "Z=3,T=0"; "Z=max" or "Z=mean" project it.
     config.data.plane = ""
     # "imagenet" (8-bit), "percentile" (0.5 and 99.5 % of the training crops), or "auto".
     config.data.normalize = "auto"

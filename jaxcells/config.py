@@ -1,38 +1,109 @@
-"""Checks a config before anything runs, and compares it with the one of an earlier run."""
+"""Configs: found by name or path, checked before anything runs, compared with an earlier run's.
+
+`configs/default.py` has every key with its default, whose type it keeps. A key that is not there is
+not known; what else a value must be stands in the tables below.
+"""
 
 import dataclasses
 import importlib.util
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxcells.data.images import parse_plane
-from jaxcells.data.splits import compile_group_pattern
 from jaxcells.files import Error
 
-KEYS = (
-    *("seed", "init", "init_conv1"),
-    *("model.name", "model.dtype", "model.width", "model.zero_init_residual"),
-    *("data.source", "data.root", "data.seed", "data.crop_size", "data.crops_per_class"),
-    *(
-        "data.split",
-        "data.split_by",
-        "data.border",
-        "data.min_foreground",
-        "data.plane",
-        "data.normalize",
+# They travel with the package; in a clone they stand beside it.
+_INSTALLED = Path(__file__).parent / "configs"
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+
+_ONE_OF = {
+    "init_conv1": ("adapt", "fresh"),
+    "model.dtype": ("float32", "bfloat16"),
+    "data.normalize": ("auto", "imagenet", "percentile"),
+    "optim.schedule": ("constant", "cosine"),
+    "optim.class_weights": ("none", "balanced"),
+}
+_MUST_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda x: 0 <= x < 2**32, f"from 0 to {2**32 - 1}"),
+    "data.seed": (lambda x: -1 <= x < 2**32, f"from 0 to {2**32 - 1}, or -1 for that of the run"),
+    "model.width": (lambda x: 1 <= x <= 1024, "from 1 to 1024"),
+    "data.source": (
+        lambda x: re.fullmatch(r"|folder|sample|tfds:.+", x),
+        "folder, sample, tfds:NAME or empty",
     ),
-    *("data.augment.dihedral", "data.augment.intensity"),
-    *("optim.learning_rate", "optim.momentum", "optim.weight_decay", "optim.schedule"),
-    *("optim.label_smoothing", "optim.freeze", "optim.freeze_epochs", "optim.multipliers"),
-    *("optim.class_weights",),
-    *("train.batch_size", "train.num_epochs", "checkpoint.every_steps"),
-)
-_SOURCE = re.compile(r"|folder|sample|tfds:.+")
+    "data.crop_size": (lambda x: x == 0 or x >= 32, "32 or more, or 0 to use images whole"),
+    "data.split": (
+        lambda x: len(x) == 3 and all(isinstance(n, int) and n >= 1 for n in x),
+        "three whole numbers of 1 or more: train, val, test",
+    ),
+    "data.border": (
+        lambda x: len(x) == 4 and all(isinstance(n, int) and n >= 0 for n in x),
+        "four whole numbers: top, right, bottom, left",
+    ),
+    "data.exclude": (lambda x: _is_expression(x), "a regular expression, or empty"),
+    "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "data.augment.intensity": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "optim.learning_rate": (lambda x: x > 0, "above 0"),
+    "optim.momentum": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "optim.weight_decay": (lambda x: x >= 0, "0 or more"),
+    "optim.label_smoothing": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "optim.freeze": (lambda x: all(map(_is_expression, x)), "regular expressions"),
+    "optim.freeze_epochs": (lambda x: x >= 0, "0 or more"),
+    "train.batch_size": (lambda x: x >= 2, "2 or more"),
+    "train.num_epochs": (lambda x: x >= 1, "1 or more"),
+    "checkpoint.every_steps": (lambda x: x >= 0, "0 or more"),
+}
+
+
+def find_config(name: str) -> Path:
+    """Returns the file of a config: a path, or the name of one of ours, such as "resnet34".
+
+    Raises:
+      Error: there is no such file.
+    """
+    for path in (Path(name), SHIPPED / f"{name}.py"):
+        if path.is_file():
+            return path
+    ours = ", ".join(sorted(path.stem for path in SHIPPED.glob("[!_]*.py")))
+    raise Error(f"there is no file {name}, nor a config of ours of that name; ours are {ours}")
+
+
+def let_configs_import(folder: Path) -> None:
+    """Makes `from configs import NAME` find files of a folder, and after them those shipped."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        del sys.modules[name]
+    package = types.ModuleType("configs")
+    package.__path__ = [str(folder.resolve()), str(SHIPPED)]
+    sys.modules["configs"] = package
+
+
+def load_config(path: Path) -> ConfigDict:
+    """Returns what `get_config()` of a file gives.
+
+    Raises:
+      Error: the file has no such function.
+    """
+    let_configs_import(path.parent)
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise Error(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise Error(f"{path}: the file defines no get_config(); see configs/default.py")
+    config: ConfigDict = module.get_config()
+    return config
+
+
+def default_config() -> ConfigDict:
+    """Returns every key with its default: the recipe of the reference study."""
+    return load_config(SHIPPED / "default.py")
 
 
 def validate(config: ConfigDict) -> None:
@@ -41,18 +112,86 @@ def validate(config: ConfigDict) -> None:
     Raises:
       Error: lists all mistakes at once, a line each.
     """
-    present = dict(_flatten(config.to_dict()))
-    mistakes = [f"{key} is not a key; see configs/default.py" for key in present if key not in KEYS]
-    mistakes += [f"{key} is missing; see configs/default.py" for key in KEYS if key not in present]
+    present, known = flatten(config), flatten(default_config())
+    mistakes = [f"{key} is not a key; see configs/default.py" for key in present.keys() - known]
+    mistakes += [f"{key} is missing; see configs/default.py" for key in known.keys() - present]
     mistakes += [
         f"{key}={value!r} is not a finite number"
         for key, value in present.items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
-    mistakes = mistakes or list(_mistakes(config))
+    if not mistakes:
+        for key, choices in _ONE_OF.items():
+            if present[key] not in choices:
+                mistakes.append(f"{key}={present[key]!r} must be one of {', '.join(choices)}")
+        wrong = {key for key, (fits, _) in _MUST_BE.items() if not fits(present[key])}
+        mistakes += [f"{key}={present[key]!r} must be {_MUST_BE[key][1]}" for key in wrong]
+        mistakes += _contradictions(config, wrong)
     if mistakes:
         number = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
-        raise Error(f"the config has {number}:\n  " + "\n  ".join(mistakes))
+        raise Error(f"the config has {number}:\n  " + "\n  ".join(sorted(mistakes)))
+
+
+def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
+    """What values may not be together, wrong ones apart, and values that other modules parse."""
+    # Help and wrong flags need not wait for NumPy and readers of images.
+    from jaxcells.data.planes import parse_plane
+    from jaxcells.data.splits import compile_group_pattern
+
+    data, optim, model = config.data, config.optim, config.model
+    parsers: list[tuple[Callable[[Any], Any], Any]] = [
+        (parse_plane, data.plane),
+        (parse_multipliers, optim.multipliers),
+    ]
+    if data.split_by not in ("field", "channel", "crop"):
+        parsers.append((compile_group_pattern, data.split_by))
+    for parse, value in parsers:
+        try:
+            parse(value)
+        except Error as error:
+            yield str(error)
+    if config.init not in ("imagenet", "random") and not (
+        config.init and Path(config.init).expanduser().exists()
+    ):
+        yield (
+            f"init={config.init!r} is neither imagenet nor random, and there is no such file or "
+            "workdir"
+        )
+    if config.init == "imagenet" and model.width != 64:
+        yield f"model.width={model.width} does not fit init=imagenet, whose width is 64"
+    if data.source == "folder" and not data.root:
+        yield "data.source='folder' needs a folder; set data.root=FOLDER"
+    if data.source == "sample" and data.root:
+        yield f"data.source='sample' does not read data.root={data.root!r}; leave one of them out"
+    if data.crop_size and "data.split" not in wrong and sum(data.split) != data.crops_per_class:
+        held_out = max(1, round(data.crops_per_class * 100 / 954))
+        suggestion = f"{data.crops_per_class - 2 * held_out},{held_out},{held_out}"
+        yield (
+            f"data.split={tuple(data.split)} sums to {sum(data.split)}, and data.crops_per_class "
+            f"is {data.crops_per_class}; for instance data.split={suggestion}"
+        )
+    if optim.freeze_epochs and not optim.freeze:
+        yield "optim.freeze_epochs is set and optim.freeze is empty; say what to freeze"
+    if optim.freeze and optim.freeze_epochs >= config.train.num_epochs:
+        yield (
+            f"optim.freeze_epochs={optim.freeze_epochs} leaves no epoch of "
+            f"{config.train.num_epochs} for the rest; use 0 to freeze for the whole run"
+        )
+    fresh = config.init_conv1 == "fresh" and config.init != "random" and not optim.freeze_epochs
+    for pattern in optim.freeze if fresh and "optim.freeze" not in wrong else ():
+        if re.match(pattern, "conv1/kernel"):
+            yield (
+                f"optim.freeze: {pattern!r} would keep the random kernels of init_conv1=fresh; "
+                "leave conv1 out, for instance optim.freeze='(?!conv1|bn1|fc)'"
+            )
+
+
+def _is_expression(text: object) -> bool:
+    try:
+        re.compile(str(text))
+    except re.error:
+        return False
+    return True
 
 
 def data_source(config: ConfigDict) -> str:
@@ -73,18 +212,17 @@ def parse_multipliers(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """
     pairs = []
     for text in texts:
-        pattern, _, factor = str(text).rpartition("=")
+        pattern, _, number = str(text).rpartition("=")
         try:
-            re.compile(pattern)
-            value = float(factor)
-        except (re.error, ValueError):
-            value = math.nan
-        if not pattern or not 0 <= value < math.inf:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not pattern or not _is_expression(pattern) or not 0 <= factor < math.inf:
             raise Error(
                 f"optim.multipliers: {text!r} must be a regular expression, =, and a factor of 0 "
-                "or more; for instance --config.optim.multipliers='fc=10'"
+                "or more; for instance optim.multipliers='fc=10'"
             )
-        pairs.append((pattern, value))
+        pairs.append((pattern, factor))
     return tuple(pairs)
 
 
@@ -116,7 +254,7 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
 
     Args:
       config: a config with the keys `experiments` and `seeds`.
-      folder: where the config files of the experiments are, and default.py.
+      folder: where the config files of the experiments are; ours are found too.
 
     Returns:
       The config without these two keys, and the experiments, all validated.
@@ -128,7 +266,7 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     if "experiments" not in base or "seeds" not in base:
         raise Error(
             "a comparison needs the keys experiments and seeds; see configs/compare.py, and give "
-            "one like it as --config"
+            "one like it"
         )
     # On the command line, "a,b" arrives as one text.
     listed = (base.experiments,) if isinstance(base.experiments, str) else base.experiments
@@ -138,25 +276,17 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     validate(base)
     if not names or len(set(names)) < len(names):
         raise Error(f"experiments={','.join(names)!r} must name one or more configs, each once")
-    odd = [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]
-    if odd:
-        raise Error(
-            f"experiments: {odd[0]!r} must be the name of a config file in {folder}, without .py"
-        )
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
-    paths = {name: folder / f"{name}.py" for name in names}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
-    if missing:
-        raise Error(f"experiments: there is no file {', '.join(missing)}")
+    files = {name: folder / f"{name}.py" for name in names}
+    files = {name: path if path.is_file() else find_config(name) for name, path in files.items()}
 
-    default = dict(_flatten(_get_config(folder / "default.py").to_dict()))
+    default, shared = flatten(default_config()), flatten(base)
     experiments, mistakes = [], []
-    for name, path in paths.items():
-        own = dict(_flatten(_get_config(path).to_dict()))
+    for name, path in files.items():
+        own = flatten(load_config(path))
         changes = {key: value for key, value in own.items() if value != default.get(key)}
         changes["model.name"] = own["model.name"]  # whatever the comparison's own is
-        shared = dict(_flatten(base.to_dict()))
         mistakes += [
             f"{name}: {key}={value!r} would need other crops than the comparison's "
             f"{shared.get(key)!r}; set it in the config of the comparison"
@@ -167,9 +297,7 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
         ]
         for seed in seeds:
             changed = base.copy_and_resolve_references()
-            changed.update_from_flattened_dict(
-                {key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()}
-            )
+            changed.update_from_flattened_dict(changes)
             changed.seed, changed.data.seed = seed, data_seed(base)
             try:
                 validate(changed)
@@ -181,24 +309,12 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     return base, experiments
 
 
-def _get_config(path: Path) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise Error(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise Error(f"{path}: the file defines no get_config(); see configs/default.py")
-    config: ConfigDict = module.get_config()
-    return config
-
-
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns the keys in which two configs differ, with both values.
 
     `data.root` is left out: a folder may move, and its images are compared with the crop set.
     """
-    before, after = dict(_flatten(old.to_dict())), dict(_flatten(new.to_dict()))
+    before, after = flatten(old), flatten(new)
     before["data.root"] = after["data.root"] = ""
     return [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
@@ -207,133 +323,14 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     ]
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:  # JSON knows no tuples
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns the values by full key, such as "data.root"; lists, as JSON makes them, as tuples."""
 
+    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, tuple(value) if isinstance(value, list) else value
 
-def _mistakes(config: ConfigDict) -> Iterator[str]:
-    data, optim = config.data, config.optim
-
-    def at_least(key: str, value: float, least: float) -> Iterator[str]:
-        if not value >= least:
-            yield f"{key}={value!r} must be {least} or more"
-
-    def one_of(key: str, value: str, choices: tuple[str, ...]) -> Iterator[str]:
-        if value not in choices:
-            yield f"{key}={value!r} must be one of {', '.join(choices)}"
-
-    if not 0 <= config.seed < 2**32:
-        yield f"seed={config.seed!r} must be from 0 to {2**32 - 1}"
-    if not -1 <= data.seed < 2**32:
-        yield f"data.seed={data.seed!r} must be from 0 to {2**32 - 1}, or -1 for that of the run"
-    yield from one_of("init_conv1", config.init_conv1, ("adapt", "fresh"))
-    init = Path(config.init).expanduser()
-    if config.init not in ("imagenet", "random") and not (config.init and init.exists()):
-        yield (
-            f"init={config.init!r} is neither imagenet nor random, and there is no such file or "
-            "workdir"
-        )
-
-    name = re.fullmatch(
-        r"(resnet|plain|preact)(18|34|50|101|152)|(preact)(164|200|1001)", config.model.name
-    )
-    if not name:
-        yield (
-            f"model.name={config.model.name!r} must be resnet, plain or preact, then 18, 34, 50, "
-            "101 or 152; or preact, then 164, 200 or 1001"
-        )
-    elif name[1] != "resnet" and config.init == "imagenet":
-        yield f"model.name={config.model.name!r} has no ImageNet weights; use --config.init=random"
-    elif name[1] == "plain" and config.model.zero_init_residual:
-        yield "model.zero_init_residual=True would keep a network without shortcuts at zero"
-    elif name[1] != "resnet" and config.model.zero_init_residual:
-        yield "model.zero_init_residual=True needs a norm at the end of a branch; preact has none"
-    yield from one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    if not 1 <= config.model.width <= 1024:
-        yield f"model.width={config.model.width!r} must be from 1 to 1024"
-    if config.init == "imagenet" and config.model.width != 64:
-        yield f"model.width={config.model.width} does not fit init=imagenet, whose width is 64"
-
-    if not _SOURCE.fullmatch(data.source):
-        yield f"data.source={data.source!r} must be folder, sample, tfds:NAME or empty"
-    elif data.source == "folder" and not data.root:
-        yield "data.source='folder' needs a folder; set --config.data.root=FOLDER"
-    elif data.source == "sample" and data.root:
-        yield f"data.source='sample' does not read data.root={data.root!r}; leave one of them out"
-    crop_size = data.crop_size or 0
-    if crop_size and crop_size < 32:
-        yield f"data.crop_size={crop_size} must be 32 or more, or 0 to use images whole"
-    split = tuple(data.split)
-    if len(split) != 3 or not all(isinstance(n, int) and n >= 1 for n in split):
-        yield f"data.split={split} must be three whole numbers of 1 or more: train, val, test"
-    elif crop_size and sum(split) != data.crops_per_class:
-        held_out = max(1, round(data.crops_per_class * 100 / 954))
-        suggestion = (data.crops_per_class - 2 * held_out, held_out, held_out)
-        yield (
-            f"data.split={split} sums to {sum(split)}, and data.crops_per_class is "
-            f"{data.crops_per_class}; for instance "
-            f"--config.data.split={','.join(map(str, suggestion))}"
-        )
-    if data.split_by not in ("field", "channel", "crop"):
-        try:
-            compile_group_pattern(data.split_by)
-        except Error as error:
-            yield str(error)
-    if len(data.border) != 4 or not all(isinstance(n, int) and n >= 0 for n in data.border):
-        yield (
-            f"data.border={tuple(data.border)} must be four whole numbers: top, right, bottom, left"
-        )
-    if not 0 <= data.min_foreground <= 1:
-        yield f"data.min_foreground={data.min_foreground!r} must be from 0 to 1"
-    try:
-        parse_plane(data.plane)
-    except Error as error:
-        yield str(error)
-    yield from one_of("data.normalize", data.normalize, ("auto", "imagenet", "percentile"))
-    if not 0 <= data.augment.intensity < 1:
-        yield f"data.augment.intensity={data.augment.intensity!r} must be from 0 to below 1"
-
-    if not optim.learning_rate > 0:
-        yield f"optim.learning_rate={optim.learning_rate!r} must be above 0"
-    if not 0 <= optim.momentum < 1:
-        yield f"optim.momentum={optim.momentum!r} must be from 0 to below 1"
-    yield from at_least("optim.weight_decay", optim.weight_decay, 0)
-    yield from one_of("optim.schedule", optim.schedule, ("constant", "cosine"))
-    if not 0 <= optim.label_smoothing < 1:
-        yield f"optim.label_smoothing={optim.label_smoothing!r} must be from 0 to below 1"
-    for pattern in optim.freeze:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            yield f"optim.freeze: {pattern!r} is not a regular expression ({error})"
-        else:
-            if (
-                config.init_conv1 == "fresh"
-                and config.init != "random"
-                and not optim.freeze_epochs
-                and re.match(pattern, "conv1/kernel")
-            ):
-                yield (
-                    f"optim.freeze: {pattern!r} would keep the random kernels of init_conv1=fresh; "
-                    "leave conv1 out, for instance --config.optim.freeze='(?!conv1|bn1|fc)'"
-                )
-    yield from at_least("optim.freeze_epochs", optim.freeze_epochs, 0)
-    if optim.freeze_epochs and not optim.freeze:
-        yield "optim.freeze_epochs is set and optim.freeze is empty; say what to freeze"
-    elif optim.freeze and optim.freeze_epochs >= config.train.num_epochs:
-        yield (
-            f"optim.freeze_epochs={optim.freeze_epochs} leaves no epoch of "
-            f"{config.train.num_epochs} for the rest; use 0 to freeze for the whole run"
-        )
-    try:
-        parse_multipliers(optim.multipliers)
-    except Error as error:
-        yield str(error)
-    yield from one_of("optim.class_weights", optim.class_weights, ("none", "balanced"))
-    yield from at_least("train.batch_size", config.train.batch_size, 2)
-    yield from at_least("train.num_epochs", config.train.num_epochs, 1)
-    yield from at_least("checkpoint.every_steps", config.checkpoint.every_steps, 0)
+    return dict(walk(config.to_dict(), ""))
