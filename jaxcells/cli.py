@@ -184,7 +184,8 @@ def _parse() -> tuple[str, flags.FlagValues]:
         raise Error(f"{error}; see --help") from error
     except (AttributeError, KeyError) as error:  # how the config library reports an unknown key
         # It quotes the text of an error within an error.
-        reason = one_line(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'"))
+        reason = one_line(str(error.args[0]).replace("\\n", " ").replace("\\'", "'"))
+        reason = reason.removeprefix("'").removesuffix("'")
         if "get_config" in reason:
             raise Error(
                 "the config's file defines no get_config(); see configs/default.py"

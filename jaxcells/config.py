@@ -29,7 +29,7 @@ _ONE_OF = {
     "optim.schedule": ("constant", "cosine"),
     "optim.class_weights": ("none", "balanced"),
 }
-_MUST_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
+_MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "seed": (lambda x: 0 <= x < 2**32, f"from 0 to {2**32 - 1}"),
     "data.seed": (lambda x: -1 <= x < 2**32, f"from 0 to {2**32 - 1}, or -1 for that of the run"),
     "model.width": (lambda x: 1 <= x <= 1024, "from 1 to 1024"),

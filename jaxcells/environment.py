@@ -1,7 +1,8 @@
-"""What a result depends on besides the config: versions, devices, and the state of the code."""
+"""What a result depends on besides the config: versions, and the state of the code."""
 
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,15 @@ import jaxcells
 
 def describe_environment() -> dict[str, Any]:
     """Returns versions of Python and of every dependency, the platform and the git commit."""
-    names = [
-        requirement.split(";")[0].split("[")[0].strip(" ()<>=!~.0123456789,")
-        for requirement in importlib.metadata.requires("jaxcells") or []
-        if "extra ==" not in requirement
-    ]
+    required = importlib.metadata.requires("jaxcells") or []
+    names = {re.split(r"[^\w.-]", line)[0] for line in required if "extra ==" not in line}
     return {
         "jaxcells": jaxcells.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "dependencies": {name: _version(name) for name in sorted({*names, "jaxlib"})},
-        "git_commit": _git_commit(),
+        "git_commit": _git_commit(Path(__file__).resolve().parents[1]),
         "command": sys.argv,
     }
 
@@ -35,22 +33,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def _git_commit(folder: Path) -> str | None:
     """Returns the commit of the source tree, with "+changes" if files differ from it."""
 
     def git(*arguments: str) -> str:
-        folder = Path(__file__).parent.parent
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10).decode()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).parent.parent.resolve():
+        if Path(git("rev-parse", "--show-toplevel").strip()) != folder:
             return None  # installed into somebody else's repository
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        changes = "+changes" if git("status", "--porcelain") else ""
+        return git("rev-parse", "HEAD").strip() + changes
     except (OSError, subprocess.SubprocessError):
         return None

@@ -26,93 +26,62 @@ class Error(Exception):
     """
 
 
+class _Below:
+    """An attribute of a workdir: a path below it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, workdir: "Workdir", owner: type) -> Path:
+        return workdir.path / self._name
+
+
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """Where the files of a run lie; of a comparison, its experiments too. Nothing is made here.
+    """Where the files of a run lie, and of a comparison its experiments. Nothing is made here.
 
     Attributes:
       path: the folder.
+      sample: images of the built-in sample, where it is used.
+      tfds: images exported from a TFDS data set, where one is used.
+      crops: crops with their manifest.
+      arrays: the crops, decoded.
+      features: what the frozen start of a network makes of the crops, while a run needs it.
+      checkpoints: a folder for each.
+      config: all keys, as JSON.
+      environment: versions and devices, as JSON.
+      metrics: figures by epoch, a line of JSON each.
+      tensorboard: the same as TensorBoard's event files.
+      history: a line of JSON for each time that a split was opened.
+      results: the figures of a finished run, as JSON.
+      experiments: of a comparison, a workdir per run.
+      comparison: of a comparison, tables, figures and the choice.
     """
 
     path: Path
+
+    sample = _Below("sample")
+    tfds = _Below("tfds")
+    crops = _Below("crops")
+    arrays = _Below("arrays")
+    features = _Below("features")
+    checkpoints = _Below("checkpoints")
+    config = _Below("config.json")
+    environment = _Below("environment.json")
+    metrics = _Below("metrics.jsonl")
+    tensorboard = _Below("tensorboard")
+    history = _Below("history.jsonl")
+    results = _Below("results.json")
+    experiments = _Below("experiments")
+    comparison = _Below("compare")
 
     def __str__(self) -> str:
         return str(self.path)
 
     @property
-    def sample(self) -> Path:
-        """Images of the built-in sample, where it is used."""
-        return self.path / "sample"
-
-    @property
-    def tfds(self) -> Path:
-        """Images exported from a TFDS data set, where one is used."""
-        return self.path / "tfds"
-
-    @property
-    def crops(self) -> Path:
-        """Crops with their manifest."""
-        return self.path / "crops"
-
-    @property
-    def arrays(self) -> Path:
-        """The crops, decoded."""
-        return self.path / "arrays"
-
-    @property
-    def features(self) -> Path:
-        """What the frozen start of a network makes of the crops, while a run needs it."""
-        return self.path / "features"
-
-    @property
-    def checkpoints(self) -> Path:
-        """A folder per checkpoint."""
-        return self.path / "checkpoints"
-
-    @property
-    def config(self) -> Path:
-        """All keys, as JSON."""
-        return self.path / "config.json"
-
-    @property
-    def environment(self) -> Path:
-        """Versions and devices, as JSON."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        """Figures by epoch, a line of JSON each."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """The same as TensorBoard's event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def history(self) -> Path:
-        """A line of JSON for each time that a split was opened."""
-        return self.path / "history.jsonl"
-
-    @property
-    def results(self) -> Path:
-        """The figures of a finished run, as JSON."""
-        return self.path / "results.json"
-
-    @property
     def is_trained(self) -> bool:
         """Whether a run has begun to leave something that must not be mixed with another's."""
         return self.results.exists() or any(self.checkpoints.glob("[0-9]*"))
-
-    @property
-    def experiments(self) -> Path:
-        """Of a comparison: a workdir per training."""
-        return self.path / "experiments"
-
-    @property
-    def comparison(self) -> Path:
-        """Of a comparison: tables, figures and the choice."""
-        return self.path / "compare"
 
     def predictions(self, name: str) -> Path:
         """Predicted classes and probabilities of a split, as CSV."""
