@@ -206,8 +206,7 @@ def _draw_stage(axes: Axes, x: float, top: float, drawn: Sequence[tuple[_Block, 
         y += _SUM + 0.1
     bottom = y + 0.08
     _wire(axes, [(center, start), (center, bottom)])
-    _draw_panel(axes, x, top, bottom, _PANEL_COLORS[block.stage])
-    _draw_heading(axes, x, top, f"stage {block.stage}", block.output)
+    _draw_panel(axes, (x, top), bottom, f"stage {block.stage}", _size(block.output), block.stage)
     return bottom
 
 
@@ -218,18 +217,18 @@ def _draw_end(axes: Axes, x: float, top: float, name: str, layers: Sequence[Laye
     for layer in layers:
         y = _box(axes, x + _CENTER, y + _GAP, _label(layer), _BOX_COLORS[0], _BOX_WIDTH)
     _wire(axes, [(x + _CENTER, start), (x + _CENTER, y - _BOX_HEIGHT / 2)])
-    _draw_panel(axes, x, top, y + _MARGIN, _PANEL_COLORS[0])
-    _draw_heading(axes, x, top, name, output)
+    _draw_panel(axes, (x, top), y + _MARGIN, name, _size(output), 0)
     return y + _MARGIN
 
 
-def _draw_panel(axes: Axes, x: float, top: float, bottom: float, color: str) -> None:
-    _rectangle(axes, (x, top), _PANEL, bottom - top, color, radius=0.12, zorder=0, lw=0)
-
-
-def _draw_heading(axes: Axes, x: float, top: float, name: str, output: Sequence[int]) -> None:
+def _draw_panel(
+    axes: Axes, corner: _Point, bottom: float, name: str, size: str, stage: int
+) -> None:
+    """Draws what lies under the boxes of a stage, with its name and the size of its output."""
+    color, (x, top) = _PANEL_COLORS[stage], corner
+    _rectangle(axes, corner, _PANEL, bottom - top, color, radius=0.12, zorder=0, lw=0)
     _text(axes, x + _CENTER, top + 0.26, name, size=_LARGE, weight="bold")
-    _text(axes, x + _CENTER, top + 0.58, _size(output))
+    _text(axes, x + _CENTER, top + 0.58, size)
 
 
 def _draw_twin(axes: Axes, x: float, title: str, block: _Block, *, shortcut: bool) -> float:

@@ -91,11 +91,7 @@ def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
 
 
 def plot_confusion(
-    confusion: npt.ArrayLike,
-    class_names: Sequence[str],
-    path: str | Path,
-    *,
-    title: str = "Confusion matrix",
+    confusion: npt.ArrayLike, class_names: Sequence[str], path: str | Path, *, title: str
 ) -> None:
     """Draws a confusion matrix [K, K] of counts, rows true, as counts and shares of the row."""
     confusion = np.asarray(confusion)
