@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ _CENTER = _MARGIN + _BOX_WIDTH / 2  # of the boxes in a panel
 _GUTTER = 0.44  # between panels
 _TWIN = 3.07  # room for a block with all its layers
 
-_Point = tuple[float, float]
+_XY = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Block:
       output: shape of what it gives, `(H, W, C)`.
       shortcut: "identity", "projection" or, of a plain network, "none".
       boxes: what stands in those of its convolutions.
-      operations: all that its branch does, in order.
+      operations: all that its branch does, in order, and the relu that may follow the sum.
     """
 
     stage: int
@@ -127,20 +127,14 @@ def _blocks(layers: Iterable[Layer], *, shortcuts: bool) -> list[_Block]:
                 output=branch[-1].output,
                 shortcut=shortcut if shortcuts else "none",
                 boxes=tuple(_label(layer) for layer in branch if layer.kind == "conv"),
-                operations=tuple(_operations(branch)),
+                operations=tuple(itertools.chain(*map(_operations, branch))),
             )
             blocks += [block] * rows[0].repeats
     return blocks
 
 
-def _operations(branch: Sequence[Layer]) -> Iterator[str]:
-    for layer in branch:
-        if layer.kind == "conv":
-            yield _label(layer, " conv")
-        else:
-            yield "batch norm"
-            if layer is not branch[-1]:  # there, the relu follows the sum
-                yield "relu"
+def _operations(layer: Layer) -> tuple[str, ...]:
+    return (_label(layer, " conv"),) if layer.kind == "conv" else ("batch norm", "relu")
 
 
 def _label(layer: Layer, conv: str = "") -> str:
@@ -194,19 +188,18 @@ def _draw_stage(axes: Axes, x: float, top: float, drawn: Sequence[tuple[_Block, 
         for text in block.boxes:
             y = _box(axes, center, y + _GAP, text, _BOX_COLORS[block.stage], _BOX_WIDTH)
         y += _LEAD + _SUM
-        if block.shortcut in _SHORTCUTS:
-            style = _SHORTCUTS[block.shortcut]
-            _shortcut(axes, center, fork, y, _BOX_WIDTH / 2 + _REACH, **style)
+        if block.shortcut != "none":
+            _shortcut(axes, center, fork, y, _BOX_WIDTH / 2 + _REACH, block.shortcut)
         if count > 1:  # sheets of paper under a block that stands for many
             for aside in (0.1, 0.05, 0):
-                sheet = (x + 0.05 + aside, fork - 0.05 + aside), _PANEL - 0.18, y + 0.22 - fork
-                _rectangle(axes, *sheet, "white", radius=0.08, zorder=1, lw=0.4)
+                at, size = (x + 0.05 + aside, fork - 0.05 + aside), (_PANEL - 0.18, y + 0.22 - fork)
+                _rectangle(axes, at, size, "white", radius=0.08, zorder=1, lw=0.4)
             _text(axes, center - 0.15, y, f"×{count}", weight="bold", ha="right")
             y += 0.1
         y += _SUM + 0.1
     bottom = y + 0.08
     _wire(axes, [(center, start), (center, bottom)])
-    _draw_panel(axes, (x, top), bottom, f"stage {block.stage}", _size(block.output), block.stage)
+    _draw_panel(axes, (x, top), bottom, block.stage, f"stage {block.stage}", _size(block.output))
     return bottom
 
 
@@ -217,16 +210,15 @@ def _draw_end(axes: Axes, x: float, top: float, name: str, layers: Sequence[Laye
     for layer in layers:
         y = _box(axes, x + _CENTER, y + _GAP, _label(layer), _BOX_COLORS[0], _BOX_WIDTH)
     _wire(axes, [(x + _CENTER, start), (x + _CENTER, y - _BOX_HEIGHT / 2)])
-    _draw_panel(axes, (x, top), y + _MARGIN, name, _size(output), 0)
+    _draw_panel(axes, (x, top), y + _MARGIN, 0, name, _size(output))
     return y + _MARGIN
 
 
-def _draw_panel(
-    axes: Axes, corner: _Point, bottom: float, name: str, size: str, stage: int
-) -> None:
+def _draw_panel(axes: Axes, at: _XY, bottom: float, stage: int, name: str, size: str) -> None:
     """Draws what lies under the boxes of a stage, with its name and the size of its output."""
-    color, (x, top) = _PANEL_COLORS[stage], corner
-    _rectangle(axes, corner, _PANEL, bottom - top, color, radius=0.12, zorder=0, lw=0)
+    x, top = at
+    panel = (_PANEL, bottom - top)
+    _rectangle(axes, at, panel, _PANEL_COLORS[stage], radius=0.12, zorder=0, lw=0)
     _text(axes, x + _CENTER, top + 0.26, name, size=_LARGE, weight="bold")
     _text(axes, x + _CENTER, top + 0.58, size)
 
@@ -238,17 +230,18 @@ def _draw_twin(axes: Axes, x: float, title: str, block: _Block, *, shortcut: boo
     _text(axes, center, _TOP + 0.55, "$x$", size=_LARGE)
     start = _TOP + 0.72
     fork = y = start + 0.25
-    for text in block.operations:
+    inside = block.operations if block.preactivation else block.operations[:-1]
+    for text in inside:
         color = _BOX_COLORS[block.stage] if "conv" in text else "white"
         y = _box(axes, center, y + _LEAD, text, color, width)
     y += _LEAD + _SUM
     _text(axes, center - 0.2, y, "$F(x)+x$" if shortcut else "$F(x)$", ha="right")
     if shortcut:
-        _shortcut(axes, center, fork, y, width / 2 + 0.35, **_SHORTCUTS["identity"])
+        _shortcut(axes, center, fork, y, width / 2 + 0.35, "identity")
         _text(axes, center + width / 2 + 0.55, (fork + y) / 2, "identity", rotation=90)
     y += _SUM
-    if not block.preactivation:
-        y = _box(axes, center, y + _LEAD, "relu", "white", width)
+    for text in block.operations[len(inside) :]:
+        y = _box(axes, center, y + _LEAD, text, "white", width)
     _wire(axes, [(center, start), (center, y + 0.4)], arrow=True)
     return y + 0.4
 
@@ -271,30 +264,29 @@ def _draw_legend(axes: Axes, x: float, y: float, block: _Block, *, shortcuts: bo
 
 def _box(axes: Axes, center: float, top: float, text: str, color: str, width: float) -> float:
     """Draws a box and returns its bottom."""
-    corner = (center - width / 2, top)
-    _rectangle(axes, corner, width, _BOX_HEIGHT, color, radius=0.06, zorder=3, lw=0.6)
+    at, size = (center - width / 2, top), (width, _BOX_HEIGHT)
+    _rectangle(axes, at, size, color, radius=0.06, zorder=3, lw=0.6)
     _text(axes, center, top + _BOX_HEIGHT / 2, text)
     return top + _BOX_HEIGHT
 
 
-def _shortcut(axes: Axes, x: float, fork: float, y: float, reach: float, **style: Any) -> None:
+def _shortcut(axes: Axes, x: float, fork: float, y: float, reach: float, kind: str) -> None:
     """Draws a line from the fork around a branch to the sum at (x, y)."""
     side = x + reach
-    _wire(axes, [(x, fork), (side, fork), (side, y), (x + _SUM, y)], arrow=True, **style)
+    way = [(x, fork), (side, fork), (side, y), (x + _SUM, y)]
+    _wire(axes, way, arrow=True, **_SHORTCUTS[kind])
     axes.add_patch(Circle((x, y), _SUM, facecolor="white", edgecolor=_INK, lw=0.7, zorder=3))
     for dx, dy in ((0.6 * _SUM, 0), (0, 0.6 * _SUM)):
         axes.plot([x - dx, x + dx], [y - dy, y + dy], color=_INK, lw=0.7, zorder=4)
 
 
-def _rectangle(
-    axes: Axes, corner: _Point, width: float, height: float, color: str, radius: float, **style: Any
-) -> None:
+def _rectangle(axes: Axes, at: _XY, size: _XY, color: str, radius: float, **style: Any) -> None:
     style |= {"facecolor": color, "edgecolor": _INK}
     outline = f"round,pad=0,rounding_size={radius}"
-    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=outline, **style))
+    axes.add_patch(FancyBboxPatch(at, *size, boxstyle=outline, **style))
 
 
-def _wire(axes: Axes, points: Sequence[_Point], *, arrow: bool = False, **style: Any) -> None:
+def _wire(axes: Axes, points: Sequence[_XY], *, arrow: bool = False, **style: Any) -> None:
     """Draws a line from point to point with rounded corners."""
     vertices, codes = [points[0]], [Outline.MOVETO]
     for before, corner, after in zip(points, points[1:], points[2:], strict=False):
@@ -306,7 +298,7 @@ def _wire(axes: Axes, points: Sequence[_Point], *, arrow: bool = False, **style:
     axes.add_patch(FancyArrowPatch(path=outline, arrowstyle=head, mutation_scale=7, **look))
 
 
-def _toward(start: _Point, end: _Point) -> _Point:
+def _toward(start: _XY, end: _XY) -> _XY:
     """Returns the point 1 mm from `start` on the way to `end`, or half-way if that is nearer."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     share = min(0.5, 0.1 / max(abs(dx), abs(dy)))  # lines run along one axis

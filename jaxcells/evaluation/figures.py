@@ -27,8 +27,6 @@ _STYLE: dict[str, dict[str, Any]] = {  # the lines differ in grey too
     "val": {"color": COLORS[1], "linestyle": "-", "label": "validation"},
 }
 _WORTH_A_LOGARITHM = 4  # ratio of the largest to the smallest value
-_FIRST_EPOCHS = 5
-_SWING = 2  # times the highest training loss
 _SWING_EXPLAINED = (
     "With batch norm, validation often swings in the first epochs: it uses running statistics, "
     "which lag behind a network that still changes fast."
@@ -71,7 +69,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path, *, best_
         axes.legend(frameon=False)
     train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
     log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
-    if max(val_loss[:_FIRST_EPOCHS], default=0) > _SWING * max(train_loss, default=np.inf):
+    if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
         figure.supxlabel(_SWING_EXPLAINED, fontsize=8, color="#555555")
     save_figure(figure, path)
 
@@ -142,13 +140,12 @@ def plot_crops_sheet(
     shown = _displayed([crop for row in crops.values() for crop in row])
     height, width = np.max([crop.shape[:2] for crop in shown], axis=0)
     gap = max(2, width // 30)
-    columns = max(map(len, crops.values()))
-    size = (len(crops) * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    sheet = np.full(size, 255, np.uint8)
+    shape = (len(crops), height + gap, max(map(len, crops.values())), width + gap, 3)
+    cells = np.full(shape, 255, np.uint8)
     places = [(r, c) for r, row in enumerate(crops.values()) for c in range(len(row))]
     for (row, column), crop in zip(places, shown, strict=True):
-        y, x = row * (height + gap), column * (width + gap)
-        sheet[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+        cells[row, : crop.shape[0], column, : crop.shape[1]] = crop
+    sheet = cells.reshape(shape[0] * shape[1], -1, 3)[:-gap, :-gap]
 
     scale = 1.2 / width  # inches per pixel
     inches = sheet.shape[1] * scale + 2.2, sheet.shape[0] * scale + 0.5

@@ -30,6 +30,7 @@ class Measurement:
     Attributes:
       network: its name.
       norms: whether it has its batch norms.
+      step: number of updates made before.
       losses: of the batch of every step so far, and of the batch that this is measured on, `[S+1]`.
       layers: names of those on the way from image to logits, as torchvision has them: `conv1`,
         `layer1_0/conv1`, …, `fc`.
@@ -38,14 +39,10 @@ class Measurement:
 
     network: str
     norms: bool
+    step: int
     losses: Sequence[float]
     layers: Sequence[str]
     gradient_norms: npt.NDArray[np.float64]
-
-    @property
-    def step(self) -> int:
-        """Number of updates made before."""
-        return len(self.losses) - 1
 
     @property
     def stages(self) -> npt.NDArray[np.int64]:

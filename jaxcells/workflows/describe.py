@@ -15,10 +15,6 @@ from jaxcells.models.summary import layer_table, summarize, write_layers_csv
 
 logger = logging.getLogger("jaxcells")
 
-_CHANNELS = 3  # what ImageNet's networks take; grey crops are repeated to it
-_WHOLE_IMAGE = 224  # data.crop_size=0 says nothing of the size
-_UNKNOWN_CLASSES = 2
-
 
 def describe(config: ConfigDict, workdir: Workdir) -> None:
     """Prints a table of a network's layers; leaves layers.csv and network.png in the workdir.
@@ -27,10 +23,10 @@ def describe(config: ConfigDict, workdir: Workdir) -> None:
       config: a validated config.
       workdir: the run's folder; the files go to its sub-folder `describe`.
     """
-    side = config.data.crop_size or _WHOLE_IMAGE
+    side = config.data.crop_size or 224  # 0 says nothing of the size
     num_classes = _num_classes(config)
-    model = create_model(**config.model, num_classes=num_classes or _UNKNOWN_CLASSES)
-    shape = (side, side, _CHANNELS)
+    model = create_model(**config.model, num_classes=num_classes or 2)
+    shape = (side, side, 3)  # what ImageNet's networks take; grey crops are repeated to it
     layers = summarize(model, shape)
 
     print(layer_table(layers))
@@ -42,7 +38,7 @@ def describe(config: ConfigDict, workdir: Workdir) -> None:
     plot_network(layers, path, input_shape=shape, shortcuts=shortcuts, title=title)
     if not num_classes:
         source = config.data.root or data_source(config)
-        logger.info("classes in %s are not known yet: shown with K=%d", source, _UNKNOWN_CLASSES)
+        logger.info("the classes in %s are not known yet: shown with K=2", source)
     if not config.data.crop_size:
         logger.info("data.crop_size=0 uses images whole: shown for %dx%d pixels", side, side)
     logger.info("the table and a drawing of the network are in %s", folder)

@@ -104,33 +104,30 @@ def measure_gradients(
     rows = mesh.local_rows(batch_size, devices)
     batches = train_batches(images, labels, batch_size, seed=config.seed, rows=rows)
     first = next(batches)
+    batches = itertools.chain([first], itertools.islice(batches, num_steps - 1), [first])
     measured, losses = [], []
-    for batch in itertools.chain([first], itertools.islice(batches, num_steps - 1), [first]):
+    for step, batch in enumerate(batches):
         state, totals = train_step(state, mesh.shard_batch(batch, devices), step_key)
         losses.append(float(totals["loss"] / totals["count"]))
-        if len(losses) in (1, num_steps + 1):
-            recorded = jax.device_get(state.opt_state[0])
-            gradient_norms = np.array([recorded[layer] for layer in layers], float)
-            measured.append(Measurement(name, norms, tuple(losses), layers, gradient_norms))
+        if step in (0, num_steps):
+            recorded = flatten_dict(jax.device_get(state.opt_state[0]), sep="/")
+            gradient_norms = np.array([recorded[f"{layer}/kernel"] for layer in layers], float)
+            measured.append(Measurement(name, norms, step, tuple(losses), layers, gradient_norms))
     return measured
 
 
 def record_norms() -> optax.GradientTransformation:
     """Makes a first link for a chain of transformations, which passes gradients on as they are.
 
-    Its state is the L2 norm of every kernel's gradient in the last update, {layer: float32 scalar}.
+    Its state has the form of the parameters: the L2 norm of each one's gradient in the last update;
+    before the first, of the parameter itself.
     """
 
-    def norms(tree: Any) -> dict[str, jax.Array]:
-        return {
-            path.removesuffix("/kernel"): jnp.linalg.norm(leaf.ravel())
-            for path, leaf in flatten_dict(tree, sep="/").items()
-            if path.endswith("/kernel")
-        }
+    def norms(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.linalg.norm(leaf.ravel()), tree)
 
     return optax.GradientTransformation(
-        init=lambda params: jax.tree.map(jnp.zeros_like, norms(params)),
-        update=lambda updates, state, params=None: (updates, norms(updates)),
+        norms, lambda grads, state, params=None: (grads, norms(grads))
     )
 
 
@@ -167,16 +164,12 @@ def _write(measured: Sequence[Measurement], folder: Path, setting: str) -> None:
     folder.mkdir(exist_ok=True)
     header = ("network", "norms", "step", "loss")
     layers = [
-        (m.network, m.norms, m.step, f"{m.losses[-1]:.6g}", depth, layer, f"{norm:.6g}")
+        (m.network, m.norms, m.step, m.losses[-1], *layer)
         for m in measured
-        for depth, (layer, norm) in enumerate(zip(m.layers, m.gradient_norms, strict=True), start=1)
+        for layer in zip(itertools.count(1), m.layers, m.gradient_norms, strict=False)
     ]
     write_csv(folder / "gradients.csv", (*header, "depth", "layer", "gradient_norm"), layers)
-    losses = [
-        (m.network, m.norms, step, f"{loss:.6g}")
-        for m in measured
-        for step, loss in enumerate(m.losses[:-1])
-    ]
+    losses = [(m.network, m.norms, *loss) for m in measured for loss in enumerate(m.losses[:-1])]
     write_csv(folder / "losses.csv", header, losses)
     plot_gradients(measured, folder / "gradients.png")
     caption = describe_gradients(measured, setting=setting)

@@ -88,22 +88,16 @@ def test_loss_axis_and_first_epochs(drawn, val_losses, scale, explained):
 
 
 @pytest.mark.parametrize(
-    ("values", "ticks"),
-    [
-        ([0.9, 4], [1, 2, 3]),
-        ([0.03, 4], [0.05, 0.1, 0.2, 0.5, 1, 2]),
-        ([0.03, 400], [0.1, 1, 10, 100]),
-    ],
+    ("low", "high", "numbers"),
+    [(0.9, 4, "1 2 3"), (0.03, 4, "0.05 0.1 0.2 0.5 1 2"), (0.03, 400, "0.1 1 10 100")],
 )
-def test_a_logarithmic_axis_has_plain_numbers(values, ticks):
+def test_a_logarithmic_axis_has_plain_numbers(low, high, numbers):
     axes = Figure().subplots()
-    axes.set_xlim(*values)
-    log_axis_if_wide(axes.xaxis, values)
+    axes.set_xlim(low, high)
+    log_axis_if_wide(axes.xaxis, [high, low])
     assert axes.get_xscale() == "log"
-    within = [tick for tick in axes.get_xticks() if values[0] <= tick <= values[1]]
-    assert within == pytest.approx(ticks)
-    labels = axes.xaxis.get_major_formatter().format_ticks(within)
-    assert labels == [f"{tick:g}" for tick in ticks]
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert " ".join(axes.xaxis.get_major_formatter().format_ticks(ticks)) == numbers
     assert len(axes.get_xticks(minor=True)) == 0
 
 
@@ -134,7 +128,7 @@ def test_confusion_writes_counts_and_shares_of_the_row(drawn):
 
 
 def test_confusion_keeps_both_ends_of_long_names(drawn):
-    names = ["a long name of a cell line, passage 4", "a long name of a cell line, passage 5"]
+    names = [f"a long name of a cell line, passage {number}" for number in (4, 5)]
     plot_confusion(np.eye(2, dtype=int), names, "confusion.png", title="")
     (axes,) = drawn()
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
@@ -150,20 +144,6 @@ def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
     plot_crops_sheet(crops, tmp_path / "b.png", title=names[0])
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "b.png").stat().st_size > 1000
-
-
-def test_sheet_places_every_crop_in_the_row_of_its_class(drawn):
-    crops = {
-        "A": [np.full((60, 60, 3), value, np.uint8) for value in (10, 20)],
-        "B": [np.full((60, 60, 3), 30, np.uint8)],
-    }
-    plot_crops_sheet(crops, "sheet.png")
-    (axes,) = drawn()
-    sheet = axes.images[0].get_array()
-    assert sheet.shape == (122, 122, 3)
-    corners = sheet[[0, 0, 62, 62, 60], [0, 62, 0, 62, 0], 0]
-    assert corners.tolist() == [10, 20, 30, 255, 255]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B"]
 
 
 def test_sheet_scales_16_bits_by_percentiles_of_all_crops(drawn):
@@ -193,17 +173,11 @@ def test_sheet_shows_8_bits_unchanged_and_channels_in_their_colours(drawn):
         np.testing.assert_array_equal(drawn()[0].images[0].get_array(), shown)
 
 
-def test_sheet_of_constant_float_crops(drawn):
-    plot_crops_sheet({"A": [np.full((4, 4, 1), 0.3, np.float32)]}, "sheet.png")
-    assert (drawn()[0].images[0].get_array() == 0).all()
-
-
 def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
     path = tmp_path / "curves.png"
     plot_curves(RECORDS, path, best_step=20)
     before = path.read_bytes()
     with Image.open(path) as image:
-        image.load()
         assert image.format == "PNG"
         assert image.width > 1000
 
@@ -231,10 +205,15 @@ def test_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     assert (tmp_path / "c.png").exists()
 
 
-def test_examples_are_spread_over_each_class(drawn):
-    images = np.arange(33, dtype=np.uint8).reshape(33, 1, 1, 1)
+def test_examples_are_spread_over_each_class_and_stand_in_its_row(drawn):
+    images = np.arange(1, 34, dtype=np.uint8)[:, None, None, None].repeat(60, axis=1)
     labels = np.array([0] * 30 + [1] * 3)
     figures.plot_examples(images, labels, ["A", "B"], "crops.png")
-    sheet = drawn()[0].images[0].get_array()[..., 0]
-    assert sheet[0, ::3].tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
-    assert sheet[3, ::3].tolist() == [30, 31, 32, *[255] * 5]
+    (axes,) = drawn()
+    sheet = axes.images[0].get_array()[..., 0]
+    assert sheet.shape == (122, 22)  # with gaps of two pixels
+    assert sheet[0, ::3].tolist() == [1, 5, 9, 13, 17, 21, 25, 30]
+    assert (sheet[:, 1::3] == 255).all()
+    assert sheet[121, ::3].tolist() == [31, 32, 33, *[255] * 5]
+    assert (sheet[60:62] == 255).all()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B"]

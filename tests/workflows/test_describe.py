@@ -69,21 +69,14 @@ def test_classes_are_the_folders(config, tmp_path, capsys, split, monkeypatch):
     assert rows["fc"]["output"] == "4"
 
 
-def test_what_is_not_known_is_said(config, tmp_path, capsys, caplog, monkeypatch):
+@pytest.mark.parametrize("data", [{"source": "tfds:cells"}, {"root": "/nowhere"}])
+def test_what_is_not_known_is_said(config, tmp_path, capsys, caplog, monkeypatch, data):
     monkeypatch.setattr("jaxcells.workflows.describe.plot_network", lambda *_, **kw: None)
     caplog.set_level(logging.INFO, "jaxcells")
-    config.data.source = "tfds:cells"
-    config.data.crop_size = 0
+    config.data.update(data, crop_size=0)
     _, rows = described(config, tmp_path, capsys)
     assert rows["conv1"]["output"] == "112x112x8"
     assert rows["fc"]["output"] == "2"
-    assert "classes in tfds:cells are not known yet: shown with K=2" in caplog.text
+    (source,) = data.values()
+    assert f"the classes in {source} are not known yet: shown with K=2" in caplog.text
     assert "data.crop_size=0 uses images whole: shown for 224x224 pixels" in caplog.text
-
-
-def test_classes_of_a_folder_that_is_not_there_are_not_known(config, tmp_path, capsys, caplog):
-    caplog.set_level(logging.INFO, "jaxcells")
-    config.data.root = str(tmp_path / "nowhere")
-    _, rows = described(config, tmp_path, capsys)
-    assert rows["fc"]["output"] == "2"
-    assert f"classes in {tmp_path / 'nowhere'} are not known yet" in caplog.text

@@ -5,7 +5,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -14,7 +13,6 @@ from jaxcells.data.loader import train_batches
 from jaxcells.files import Error, Workdir
 from jaxcells.models.preact import BasicUnit, PreActResNet
 from jaxcells.models.resnet import BasicBlock, ResNet
-from jaxcells.training.state import create_train_state
 from jaxcells.workflows import gradients
 from jaxcells.workflows.gradients import compare_gradients, measure_gradients, record_norms
 from tests.data.folders import write_folder
@@ -56,18 +54,16 @@ def test_every_layer_of_every_network_is_written(monkeypatch, tmp_path, capsys):
     config = small_config(**{"data.root": str(write_folder(tmp_path / "in", {"A": 8, "B": 8}))})
     compare_gradients(config, Workdir(tmp_path / "run"))
 
-    networks = [
-        (name, norms) for norms in ("True", "False") for name in ("plain18", "resnet18", "preact18")
-    ]
+    names = ("plain18", "resnet18", "preact18")
+    networks = [(name, norms) for norms in ("True", "False") for name in names]
     rows = read_csv(tmp_path / "run/gradients/gradients.csv")
-    layers = ["conv1"]
-    layers += [f"layer{stage}_0/conv{n}" for stage in (1, 2) for n in (1, 2)]
+    layers = ["conv1", *(f"layer{stage}_0/conv{n}" for stage in (1, 2) for n in (1, 2)), "fc"]
     # 24 crops in batches of 8 are 3 steps an epoch; two epochs. Projections are left out.
     assert [(r["network"], r["norms"], r["step"], r["depth"], r["layer"]) for r in rows] == [
         (*network, step, str(depth), layer)
         for network in networks
         for step in ("0", "6")
-        for depth, layer in enumerate([*layers, "fc"], start=1)
+        for depth, layer in enumerate(layers, start=1)
     ]
     assert all(float(row["gradient_norm"]) > 0 for row in rows)
     losses = read_csv(tmp_path / "run/gradients/losses.csv")
@@ -105,10 +101,8 @@ def test_both_measurements_are_of_the_first_batch(monkeypatch):
     (start, end), images, labels = measure_linear(monkeypatch, **settings)
     normalization = gradients.fit_normalization(images, small_config().data.normalize)
     init_key, _ = jax.random.split(jax.random.key(0))
-    kernel = np.array(
-        Linear(3).init(init_key, np.zeros((1, 4, 4, 3)), train=False)["params"]["fc"]["kernel"],
-        float,
-    )
+    variables = Linear(3).init(init_key, np.zeros((1, 4, 4, 3)), train=False)
+    kernel = np.array(variables["params"]["fc"]["kernel"], float)
     bias, velocity = np.zeros(3), [0.0, 0.0]
     batches = train_batches(images, labels, 8, seed=0)
     batches = [next(batches) for _ in range(3)]
@@ -141,19 +135,16 @@ def test_a_network_that_diverges_is_measured_all_the_same(monkeypatch):
 
 
 def test_kernels_of_one_name_begin_equal():
-    def init(name):
+    params = []
+    for name in ("plain18", "resnet18", "preact18"):
         model = two_blocks(name, num_classes=2, width=2, norms=False, scan=False)
-        state = create_train_state(
-            model, optax.identity(), sample_shape=(1, 32, 32, 3), key=jax.random.key(0)
-        )
-        return flatten_dict(state.params, sep="/")
-
-    plain = init("plain18")
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+        params.append(flatten_dict(variables["params"], sep="/"))
+    plain, *others = params
     assert len(plain) == 1 + 2 * 2 + 2  # with the kernel and the bias of the head
-    for other in (init("resnet18"), init("preact18")):
+    for other in others:
         assert set(other) - set(plain) == {"layer2_0/downsample_conv/kernel"}
-        for name, value in plain.items():
-            np.testing.assert_array_equal(value, other[name], err_msg=name)
+        assert all((other[name] == value).all() for name, value in plain.items())
 
 
 def test_gradients_pass_the_record_unchanged():
@@ -162,7 +153,7 @@ def test_gradients_pass_the_record_unchanged():
     tx = record_norms()
     passed, state = tx.update(updates, tx.init(params), params)
     assert passed is updates
-    assert state == {"fc": 6}
+    assert state["fc"] == {"kernel": 6, "bias": pytest.approx(18**0.5)}
 
 
 def test_a_depth_that_one_kind_lacks_is_refused_before_any_crop_is_drawn(tmp_path):
