@@ -72,7 +72,6 @@ def test_curves_of_a_resumed_run_and_of_a_run_just_begun(drawn):
     [
         ([167, 1.5, 0.5], "log", True),  # running statistics are far off in the first epoch
         ([0.9, 0.7, 0.5], "linear", False),
-        ([0.9, 0.3, 0.1], "log", False),
         ([0.9, math.inf, 0.5], "linear", True),
         ([0.9, 0.3, 0], "linear", False),
         ([0.9, 0.7, 0.5, 0.5, 0.5, 9], "log", False),  # overfitting, not batch norm
@@ -105,24 +104,17 @@ def test_colors_are_those_of_okabe_and_ito_without_yellow():
     assert COLORS == ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
-def texts_of(axes, num_classes):
-    return np.reshape([text.get_text() for text in axes.texts], (num_classes, num_classes))
-
-
 def test_confusion_writes_counts_and_shares_of_the_row(drawn):
     confusion = [[999, 1, 0], [0, 0, 0], [30, 10, 40]]
     plot_confusion(confusion, ["A", "B", "C"], "confusion.png", title="validation")
     (axes,) = drawn()
-    assert texts_of(axes, 3).tolist() == [
-        ["999\n>99 %", "1\n<1 %", "0"],
-        ["–", "–", "–"],
-        ["30\n38 %", "10\n12 %", "40\n50 %"],
+    assert [text.get_text() for text in axes.texts] == [
+        *("999\n>99 %", "1\n<1 %", "0"),
+        *("–", "–", "–"),
+        *("30\n38 %", "10\n12 %", "40\n50 %"),
     ]
-    np.testing.assert_allclose(
-        axes.images[0].get_array(), [[0.999, 0.001, 0], [0, 0, 0], [0.375, 0.125, 0.5]]
-    )
-    assert axes.texts[0].get_color() == "white"  # on dark blue
-    assert axes.texts[1].get_color() == "black"
+    assert axes.images[0].get_array()[0].tolist() == [0.999, 0.001, 0]
+    assert [text.get_color() for text in axes.texts[:2]] == ["white", "black"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert axes.get_title() == "validation"
 
@@ -198,10 +190,8 @@ def test_needs_no_display_and_leaves_pyplot_alone(tmp_path):
         "print({'matplotlib.pyplot', 'tkinter', 'jax'} & set(sys.modules))"
     )
     environment = {"MPLBACKEND": "TkAgg", "PATH": "", "MPLCONFIGDIR": str(tmp_path)}
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert out.stdout.strip() == "set()"
+    out = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert out.strip() == "set()"
     assert (tmp_path / "c.png").exists()
 
 

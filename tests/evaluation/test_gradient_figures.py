@@ -59,13 +59,9 @@ def test_four_panels_show_every_network(drawn):
     assert panels[0].get_ylim() == panels[3].get_ylim()
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["plain6", "resnet6"]
     assert len({(to_hex(line.get_color()), line.get_marker()) for line in panels[0].lines}) == 2
-
-
-def test_stages_are_marked_where_they_are(drawn):
-    axes = drawn.axes[0]
-    names = {text.get_text(): text.get_position()[0] for text in axes.texts}
+    names = {text.get_text(): text.get_position()[0] for text in panels[0].texts}
     assert names == {"stage 1": 2.5, "stage 2": 4.5}
-    (shaded,) = axes.patches
+    (shaded,) = panels[0].patches
     assert (shaded.get_x(), shaded.get_width()) == (1.5, 2)
 
 

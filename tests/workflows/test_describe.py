@@ -49,9 +49,8 @@ def test_plain_network_is_drawn_as_one(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "jaxcells.workflows.describe.plot_network", lambda *_, **kw: drawn.append(kw)
     )
-    describe(config, Workdir(tmp_path))
-    config.model.name = "plain18"
-    describe(config, Workdir(tmp_path))
+    for config.model.name in ("resnet18", "plain18"):
+        describe(config, Workdir(tmp_path))
     assert [kw["shortcuts"] for kw in drawn] == [True, False]
     assert [kw["title"] for kw in drawn] == ["resnet18", "plain18"]
 
