@@ -1,7 +1,7 @@
 """Plain, residual and pre-activation networks of one depth: what gradient each layer receives.
 
 What is measured is the gradient that a training step makes its update from: a link in front of the
-optimiser writes the norms into its state, so that the step of `training.steps` serves unchanged.
+optimiser keeps it in its state, so that the step of `training.steps` serves unchanged.
 """
 
 import itertools
@@ -9,10 +9,8 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
@@ -63,7 +61,7 @@ def compare_gradients(config: ConfigDict, workdir: Workdir) -> None:
         data.audit.raise_errors()
         logger.info("%s, with norms and without, from random parameters", ", ".join(names))
         measured: list[Measurement] = []
-        variants = list(itertools.product((True, False), names))
+        variants = [*itertools.product((True, False), names)]
         for norms, name in tqdm(variants, unit="network", dynamic_ncols=True):
             measured += measure_gradients(config, data, name, norms=norms)
         _write(measured, workdir.path / "gradients", _setting(config, data))
@@ -86,13 +84,13 @@ def measure_gradients(
     batch_size, sgd = config.train.batch_size, config.optim
     num_steps = config.train.num_epochs * num_batches(len(labels), batch_size)
     rate = optim.make_schedule(sgd.schedule, learning_rate=sgd.learning_rate, num_steps=num_steps)
-    tx = optim.make_optimizer(rate, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+    optimizer = optim.make_optimizer(rate, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+    tx = optax.chain(record_gradients(), optimizer)
     args = dict(config.model, name=name, norms=norms, num_classes=len(data.crop_set.class_names))
     model = create_model(**args, scan=False)  # each layer has a name of its own
     normalization = fit_normalization(images, config.data.normalize)
     shape = normalization(images[:1]).shape
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    tx = optax.chain(record_norms(), tx)
     state = create_train_state(model, tx, sample_shape=shape, key=init_key)
     # Projections lie on shortcuts, beside the way from image to logits.
     kernels = (layer for layer in summarize(model, shape[1:]) if layer.kind in ("conv", "dense"))
@@ -110,24 +108,16 @@ def measure_gradients(
         state, totals = train_step(state, mesh.shard_batch(batch, devices), step_key)
         losses.append(float(totals["loss"] / totals["count"]))
         if step in (0, num_steps):
-            recorded = flatten_dict(jax.device_get(state.opt_state[0]), sep="/")
-            gradient_norms = np.array([recorded[f"{layer}/kernel"] for layer in layers], float)
-            measured.append(Measurement(name, norms, step, tuple(losses), layers, gradient_norms))
+            grads = flatten_dict(jax.device_get(state.opt_state[0]), sep="/")
+            l2 = np.array([np.linalg.norm(grads[f"{layer}/kernel"]) for layer in layers], float)
+            measured.append(Measurement(name, norms, step, tuple(losses), layers, l2))
     return measured
 
 
-def record_norms() -> optax.GradientTransformation:
-    """Makes a first link for a chain of transformations, which passes gradients on as they are.
-
-    Its state has the form of the parameters: the L2 norm of each one's gradient in the last update;
-    before the first, of the parameter itself.
-    """
-
-    def norms(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.linalg.norm(leaf.ravel()), tree)
-
+def record_gradients() -> optax.GradientTransformation:
+    """Makes a first link for a chain, whose state is the gradients that it last passed on."""
     return optax.GradientTransformation(
-        norms, lambda grads, state, params=None: (grads, norms(grads))
+        init=lambda params: params, update=lambda grads, state, params=None: (grads, grads)
     )
 
 
