@@ -1,70 +1,97 @@
 """curves.png, confusion.png and sheets of example crops (matplotlib, no display needed)."""
 
+import itertools
+import operator
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from jaxcells.text import shortened
 
-# Okabe and Ito 2008: told apart with every common colour vision, and in grey by line style.
-_STYLE = {
-    "train": {"color": "#0072B2", "linestyle": "--", "label": "train"},
-    "val": {"color": "#D55E00", "linestyle": "-", "label": "validation"},
+# Okabe and Ito 2008, told apart with every common colour vision: blue, vermillion, green, purple,
+# orange, sky blue, black; without the yellow, which is lost on white.
+COLORS = tuple(to_hex(matplotlib.color_sequences["okabe_ito"][n]) for n in (5, 6, 3, 7, 1, 2, 0))
+
+_STYLE: dict[str, dict[str, Any]] = {  # the lines differ in grey too
+    "train": {"color": COLORS[0], "linestyle": "--", "label": "train"},
+    "val": {"color": COLORS[1], "linestyle": "-", "label": "validation"},
 }
+_WORTH_A_LOGARITHM = 4  # ratio of the largest to the smallest value
+_SWING_EXPLAINED = (
+    "With batch norm, validation often swings in the first epochs: it uses running statistics, "
+    "which lag behind a network that still changes fast."
+)
 # Class names come from folders: "$" and "_" in them are letters, not formulas.
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 # Colours of the channels, by their number; magenta and green, as red and green look alike to many.
-_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
+_CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-def plot_curves(
-    records: Sequence[Mapping[str, Any]], path: str | Path, *, best_step: int | None = None
-) -> None:
-    """Draw loss and accuracy against the epoch, for training and validation.
+def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path, *, best_step: int) -> None:
+    """Draws loss and accuracy against the epoch, for training and validation.
+
+    The loss has a logarithmic axis where it asks for one. A validation loss that swings far above
+    all training losses in the first epochs is explained below the curves.
 
     Args:
       records: the lines of metrics.jsonl, each with step, epoch, split ("train" or "val"), loss
         and accuracy. Several of one split in one epoch are drawn as their mean; of several with
         the same step the last counts, as after a resumed run.
       path: where the PNG goes.
-      best_step: the step of the chosen checkpoint, marked on the validation curve; None marks the
-        epoch of the highest validation accuracy, of equal ones that of the lowest loss.
+      best_step: the step of the chosen checkpoint, marked on the validation curve.
     """
     curves = {split: epoch_curve(records, split) for split in _STYLE}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy"), strict=True
-    ):
+    panels = figure.subplots(1, 2)
+    for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
         for split, curve in curves.items():
             if curve["epoch"].size:
                 marker = "o" if curve["epoch"].size < 40 else None
                 axes.plot(curve["epoch"], curve[key], marker=marker, ms=3, lw=1.6, **_STYLE[split])
-        _mark_best(axes, curves["val"], key, best_step)
-        axes.set(title=title, xlabel="epoch", ylabel="nats" if key == "loss" else None)
+        for index in np.flatnonzero(curves["val"]["step"] == best_step):
+            epoch, value = curves["val"]["epoch"][index], curves["val"][key][index]
+            label = f"best: epoch {epoch:g} ({value:.3f})"
+            axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
+        axes.set(title=key.capitalize(), xlabel="epoch", ylabel="nats" if key == "loss" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+    train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
+    log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
+    if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
+        figure.supxlabel(_SWING_EXPLAINED, fontsize=8, color="#555555")
     save_figure(figure, path)
 
 
+def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
+    """Makes an axis logarithmic, with plain numbers, if its values spread over a factor of 4."""
+    finite = [value for value in values if np.isfinite(value)]
+    low, high = min(finite, default=0), max(finite, default=0)
+    if low <= 0 or high < _WORTH_A_LOGARITHM * low:
+        return
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    # The fewer numbers in a decade the more decades there are.
+    subs = (1, 2, 3, 5) if high < 20 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
 def plot_confusion(
-    confusion: npt.ArrayLike,
-    class_names: Sequence[str],
-    path: str | Path,
-    *,
-    title: str = "Confusion matrix",
+    confusion: npt.ArrayLike, class_names: Sequence[str], path: str | Path, *, title: str
 ) -> None:
-    """Draw a confusion matrix [K, K] of counts, rows true, as counts and shares of the row."""
+    """Draws a confusion matrix [K, K] of counts, rows true, as counts and shares of the row."""
     confusion = np.asarray(confusion)
     num_classes = len(class_names)
     support = confusion.sum(axis=1, keepdims=True)
@@ -75,23 +102,21 @@ def plot_confusion(
     figure = Figure(figsize=(side + 2.8, side + 2.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    size = float(np.clip(11 * cell, 6.5, 10))
+    style: dict[str, Any] = {"fontsize": size, "ha": "center", "va": "center", "in_layout": False}
     for (row, column), count in np.ndenumerate(confusion):
         text, color = f"{count}\n{_percent(share[row, column])}", "black"
         if not count:
             text, color = "0" if support[row, 0] else "–", "#888888"
         elif share[row, column] > 0.5:
             color = "white"
-        size = float(np.clip(11 * cell, 6.5, 10))
-        style: dict[str, Any] = {"fontsize": size, "color": color, "in_layout": False}
-        axes.text(column, row, text, ha="center", va="center", **style)
+        axes.text(column, row, text, color=color, **style)
 
     names = [shortened(name, 28) for name in class_names]
+    fits = max(map(len, names)) * 0.09 < cell  # inches that the longest name takes
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(num_classes), names, **_LITERAL, **({} if fits else slanted))
     axes.set_yticks(range(num_classes), names, **_LITERAL)
-    if max(map(len, names)) * 0.09 < cell:  # inches that the longest name takes
-        axes.set_xticks(range(num_classes), names, **_LITERAL)
-    else:
-        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        axes.set_xticks(range(num_classes), names, **slanted, **_LITERAL)
     axes.tick_params(length=0)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(title, **_LITERAL)
@@ -101,7 +126,7 @@ def plot_confusion(
 def plot_crops_sheet(
     crops: Mapping[str, Sequence[npt.NDArray[Any]]], path: str | Path, *, title: str = ""
 ) -> None:
-    """Draw example crops, one row per class.
+    """Draws example crops, one row per class.
 
     8-bit crops are shown as they are. Others are scaled per channel from their 0.5 to their 99.5
     percentile, taken over all crops together: a class that is darker looks darker. Two channels
@@ -115,18 +140,16 @@ def plot_crops_sheet(
     shown = _displayed([crop for row in crops.values() for crop in row])
     height, width = np.max([crop.shape[:2] for crop in shown], axis=0)
     gap = max(2, width // 30)
-    columns = max(map(len, crops.values()))
-    size = (len(crops) * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    sheet = np.full(size, 255, np.uint8)
+    shape = (len(crops), height + gap, max(map(len, crops.values())), width + gap, 3)
+    cells = np.full(shape, 255, np.uint8)
     places = [(r, c) for r, row in enumerate(crops.values()) for c in range(len(row))]
     for (row, column), crop in zip(places, shown, strict=True):
-        y, x = row * (height + gap), column * (width + gap)
-        sheet[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+        cells[row, : crop.shape[0], column, : crop.shape[1]] = crop
+    sheet = cells.reshape(shape[0] * shape[1], -1, 3)[:-gap, :-gap]
 
     scale = 1.2 / width  # inches per pixel
-    figure = Figure(
-        figsize=(sheet.shape[1] * scale + 2.2, sheet.shape[0] * scale + 0.5), layout="constrained"
-    )
+    inches = sheet.shape[1] * scale + 2.2, sheet.shape[0] * scale + 0.5
+    figure = Figure(figsize=inches, layout="constrained")
     axes = figure.subplots()
     axes.imshow(sheet)
     rows = np.arange(len(crops)) * (height + gap) + height / 2
@@ -139,40 +162,30 @@ def plot_crops_sheet(
 
 
 def plot_examples(
-    images: npt.NDArray[Any],
-    labels: npt.NDArray[Any],
-    class_names: Sequence[str],
-    path: str | Path,
-    *,
-    per_class: int = 8,
+    images: npt.NDArray[Any], labels: npt.NDArray[Any], class_names: Sequence[str], path: str | Path
 ) -> None:
-    """Draw crops of every class, taken evenly over a split: what the network gets to see.
+    """Draws eight crops of every class, taken evenly over a split: what the network gets to see.
 
     Args:
       images: [N, H, W, C].
       labels: int [N].
       class_names: the position is the label.
       path: where the PNG goes.
-      per_class: crops in a row.
     """
     rows = {}
     for label, name in enumerate(class_names):
         numbers = np.flatnonzero(labels == label)
-        chosen = np.linspace(0, len(numbers) - 1, min(per_class, len(numbers))).astype(int)
+        chosen = np.linspace(0, len(numbers) - 1, min(8, len(numbers))).astype(int)
         rows[name] = [images[number] for number in numbers[chosen]]
     plot_crops_sheet(rows, path, title="training crops")
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
-    """Write a PNG that is either whole or not there; print wants a `dpi` of 300."""
+    """Writes a PNG that is either whole or not there; print wants a `dpi` of 300."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure)
-        figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1)
+    os.replace(partial, path)
 
 
 def epoch_curve(
@@ -180,31 +193,13 @@ def epoch_curve(
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Columns epoch, step and `keys` of one split of metrics.jsonl, one row per epoch."""
     by_step = {record["step"]: record for record in records if record["split"] == split}
-    by_epoch: dict[float, list[Mapping[str, Any]]] = {}
-    for _, record in sorted(by_step.items()):
-        by_epoch.setdefault(record["epoch"], []).append(record)
-    epochs = sorted(by_epoch)
+    in_order = [by_step[step] for step in sorted(by_step)]
+    epochs = [list(same) for _, same in itertools.groupby(in_order, operator.itemgetter("epoch"))]
     return {
-        "epoch": np.array(epochs, float),
-        "step": np.array([by_epoch[epoch][-1]["step"] for epoch in epochs], float),
-        **{
-            key: np.array([np.mean([r[key] for r in by_epoch[epoch]]) for epoch in epochs], float)
-            for key in keys
-        },
+        "epoch": np.array([rows[-1]["epoch"] for rows in epochs], float),
+        "step": np.array([rows[-1]["step"] for rows in epochs], float),
+        **{k: np.array([np.mean([r[k] for r in rows]) for rows in epochs], float) for k in keys},
     }
-
-
-def _mark_best(
-    axes: Axes, validation: dict[str, npt.NDArray[np.float64]], key: str, best_step: int | None
-) -> None:
-    if best_step is None:
-        order = np.lexsort((validation["loss"], -validation["accuracy"]))
-    else:
-        order = np.flatnonzero(validation["step"] == best_step)
-    for index in order[:1]:
-        epoch, value = validation["epoch"][index], validation[key][index]
-        label = f"best: epoch {epoch:g} ({value:.3f})"
-        axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
 
 
 def _displayed(crops: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[np.uint8]]:
@@ -215,7 +210,7 @@ def _displayed(crops: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[np.uint8]]
         pixels = np.concatenate([crop.reshape(-1, channels) for crop in crops])
         low, high = np.percentile(pixels, [0.5, 99.5], axis=0)
     span = np.where(high > low, high - low, 1)
-    colors = np.array(_COLORS[min(channels, 3)])
+    colors = np.array(_CHANNEL_COLORS[min(channels, 3)])
     return [
         np.rint(255 * np.clip((crop - low) / span, 0, 1)[..., :3] @ colors).astype(np.uint8)
         for crop in crops

@@ -1,37 +1,37 @@
-"""Plain, residual and pre-activation networks of one depth: what gradient each layer receives."""
+"""Plain, residual and pre-activation networks of one depth: what gradient each layer receives.
 
-import csv
+What is measured is the gradient that a training step makes its update from: a link in front of the
+optimiser keeps it in its state, so that the step of `training.steps` serves unchanged.
+"""
+
+import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxcells.data.arrays import SplitArrays
 from jaxcells.data.loader import num_batches, train_batches
-from jaxcells.data.normalization import Normalization, fit_normalization
-from jaxcells.evaluation.gradient_figures import describe_gradients, plot_gradients
-from jaxcells.files import Error, lock_workdir, write_whole
+from jaxcells.data.normalization import fit_normalization
+from jaxcells.evaluation.gradient_figures import Measurement, describe_gradients, plot_gradients
+from jaxcells.files import Error, Workdir, lock_workdir, write_csv, write_whole
 from jaxcells.models import MODEL_NAMES, create_model
+from jaxcells.models.summary import summarize
+from jaxcells.text import by
 from jaxcells.training import mesh, optim, steps
-from jaxcells.training.gradients import depths, measure_gradients, record_norms
 from jaxcells.training.state import create_train_state
-from jaxcells.workflows.prepare import prepare_data
+from jaxcells.workflows.prepare import PreparedData, prepare_data
 
 logger = logging.getLogger("jaxcells")
 
-_KINDS = ("plain", "resnet", "preact")
 
-Row = dict[str, Any]
-
-
-def compare_gradients(config: ConfigDict, workdir: Path) -> None:
+def compare_gradients(config: ConfigDict, workdir: Workdir) -> None:
     """Measures the gradient of every layer in networks with and without shortcuts and norms.
 
     The plain, the residual and the pre-activation network of the depth of `model.name`, each with
@@ -41,7 +41,8 @@ def compare_gradients(config: ConfigDict, workdir: Path) -> None:
     are.
 
     Leaves in `workdir/gradients`: gradients.png and its caption gradients.md; gradients.csv, a line
-    per network, state and layer; losses.csv, a line per network and step.
+    per network, state and layer (projections on shortcuts left out); losses.csv, a line per network
+    and step.
 
     Args:
       config: a validated config.
@@ -52,48 +53,72 @@ def compare_gradients(config: ConfigDict, workdir: Path) -> None:
         that a user can mend.
     """
     names = _networks(config.model.name)
-    devices = mesh.make_mesh()
-    mesh.local_rows(config.train.batch_size, devices)
-    note = mesh.accelerator_note()
-    if note:
+    mesh.local_rows(config.train.batch_size, mesh.make_mesh())
+    if note := mesh.accelerator_note():
         logger.warning("%s", note)
-    with lock_workdir(workdir):
+    with lock_workdir(workdir.path):
         data = prepare_data(config, workdir)
         data.audit.raise_errors()
-        train_set, num_classes = data.arrays["train"], len(data.crop_set.class_names)
-        num_steps = config.train.num_epochs * num_batches(
-            len(train_set.labels), config.train.batch_size
-        )
-        normalization = fit_normalization(train_set.images, config.data.normalize)
-        logger.info(
-            "%s, with norms and without, from random parameters: %d steps each",
-            ", ".join(names),
-            num_steps,
-        )
-        rows: list[Row] = []
-        losses: list[Row] = []
-        variants = [(name, norms) for norms in (True, False) for name in names]
-        for name, norms in tqdm(variants, unit="network", dynamic_ncols=True):
-            model_args = dict(config.model, name=name, norms=norms, num_classes=num_classes)
-            if name.startswith("preact"):
-                model_args["scan"] = False  # as the others run, with a name for every layer
-            layers, trace = _measure(
-                config, model_args, train_set, normalization, num_steps, devices
-            )
-            network = {"network": name, "norms": norms}
-            rows += [network | row for row in layers]
-            losses += [network | {"step": step, "loss": loss} for step, loss in enumerate(trace)]
+        logger.info("%s, with norms and without, from random parameters", ", ".join(names))
+        measured: list[Measurement] = []
+        variants = [*itertools.product((True, False), names)]
+        for norms, name in tqdm(variants, unit="network", dynamic_ncols=True):
+            measured += measure_gradients(config, data, name, norms=norms)
+        _write(measured, workdir.path / "gradients", _setting(config, data))
 
-        directory = workdir / "gradients"
-        directory.mkdir(exist_ok=True)
-        _write_csv(directory / "gradients.csv", rows)
-        _write_csv(directory / "losses.csv", losses)
-        plot_gradients(rows, losses, directory / "gradients.png")
-        caption = describe_gradients(rows, losses, setting=_setting(config, train_set))
-        with write_whole(directory / "gradients.md") as file:
-            file.write(caption + "\n")
-        print(caption)
-        logger.info("figure, caption and numbers are in %s", directory)
+
+def measure_gradients(
+    config: ConfigDict, data: PreparedData, name: str, *, norms: bool
+) -> list[Measurement]:
+    """Trains a network; measures on the first batch, before the first step and after the last.
+
+    Values that are not finite are measured like any other: nothing stops when a network diverges.
+
+    Args:
+      config: a validated config.
+      data: it is trained on the training split.
+      name: of the network, in place of the config's.
+      norms: whether it has its batch norms.
+    """
+    images, labels = data.arrays["train"].images, data.arrays["train"].labels
+    batch_size, sgd = config.train.batch_size, config.optim
+    num_steps = config.train.num_epochs * num_batches(len(labels), batch_size)
+    rate = optim.make_schedule(sgd.schedule, learning_rate=sgd.learning_rate, num_steps=num_steps)
+    optimizer = optim.make_optimizer(rate, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+    tx = optax.chain(record_gradients(), optimizer)
+    args = dict(config.model, name=name, norms=norms, num_classes=len(data.crop_set.class_names))
+    model = create_model(**args, scan=False)  # each layer has a name of its own
+    normalization = fit_normalization(images, config.data.normalize)
+    shape = normalization(images[:1]).shape
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    state = create_train_state(model, tx, sample_shape=shape, key=init_key)
+    # Projections lie on shortcuts, beside the way from image to logits.
+    kernels = (layer for layer in summarize(model, shape[1:]) if layer.kind in ("conv", "dense"))
+    layers = [layer.name for layer in kernels if not layer.in_shortcut]
+
+    devices = mesh.make_mesh()
+    state = mesh.replicate(state, devices)
+    train_step = mesh.jit_train_step(steps.make_train_step(normalization), devices)
+    rows = mesh.local_rows(batch_size, devices)
+    batches = train_batches(images, labels, batch_size, seed=config.seed, rows=rows)
+    first = next(batches)
+    batches = itertools.chain([first], itertools.islice(batches, num_steps - 1), [first])
+    measured, losses = [], []
+    for step, batch in enumerate(batches):
+        state, totals = train_step(state, mesh.shard_batch(batch, devices), step_key)
+        losses.append(float(totals["loss"] / totals["count"]))
+        if step in (0, num_steps):
+            grads = flatten_dict(jax.device_get(state.opt_state[0]), sep="/")
+            l2 = np.array([np.linalg.norm(grads[f"{layer}/kernel"]) for layer in layers], float)
+            measured.append(Measurement(name, norms, step, tuple(losses), layers, l2))
+    return measured
+
+
+def record_gradients() -> optax.GradientTransformation:
+    """Makes a first link for a chain, whose state is the gradients that it last passed on."""
+    return optax.GradientTransformation(
+        init=lambda params: params, update=lambda grads, state, params=None: (grads, grads)
+    )
 
 
 def _networks(name: str) -> list[str]:
@@ -102,89 +127,43 @@ def _networks(name: str) -> list[str]:
     Raises:
       Error: one of them does not exist.
     """
-    depth = re.sub(r"\D", "", name)
-    names = [kind + depth for kind in _KINDS]
-    if not set(names) <= set(MODEL_NAMES):
-        missing = [name for name in names if name not in MODEL_NAMES]
-        common = [
-            known
-            for known in MODEL_NAMES
-            if known.startswith("resnet")
-            and all(kind + known.removeprefix("resnet") in MODEL_NAMES for kind in _KINDS)
-        ]
+    names = [kind + re.sub(r"\D", "", name) for kind in ("plain", "resnet", "preact")]
+    missing = [name for name in names if name not in MODEL_NAMES]
+    if missing:
+        plain = [name for name in MODEL_NAMES if name.startswith("plain")]  # there are fewest
         raise Error(
-            f"model.name={name!r}: there is no {' and no '.join(missing)} to compare it with; set "
-            f"--config.model.name to one of {', '.join(common)}"
+            f"model.name={name!r}: there is no {' and no '.join(missing)} to compare it with; "
+            f"choose model.name={' or '.join(plain)}"
         )
     return names
 
 
-def _measure(
-    config: ConfigDict,
-    model_args: Mapping[str, Any],
-    train_set: SplitArrays,
-    normalization: Normalization,
-    num_steps: int,
-    devices: jax.sharding.Mesh,
-) -> tuple[list[Row], list[float]]:
-    """Returns the rows of one network, and its loss at every step."""
-    schedule = optim.make_schedule(
-        config.optim.schedule, learning_rate=config.optim.learning_rate, num_steps=num_steps
-    )
-    optimizer = optim.make_optimizer(
-        schedule, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
-    )
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    state = create_train_state(
-        create_model(**model_args),
-        optax.chain(record_norms(), optimizer),
-        sample_shape=normalization(train_set.images[:1]).shape,
-        key=init_key,
-    )
-    rows = mesh.local_rows(config.train.batch_size, devices)
-    batches = train_batches(
-        train_set.images, train_set.labels, config.train.batch_size, seed=config.seed, rows=rows
-    )
-    measured, losses = measure_gradients(
-        mesh.replicate(state, devices),
-        mesh.jit_train_step(steps.make_train_step(normalization), devices),
-        (mesh.shard_batch(batch, devices) for batch in batches),
-        num_steps=num_steps,
-        key=step_key,
-    )
-    layers = [
-        {
-            "step": state.step,
-            "loss": state.loss,
-            "depth": depth,
-            "layer": layer,
-            "gradient_norm": state.gradient_norms[layer],
-            "weight_norm": state.weight_norms[layer],
-            "ratio": float(np.divide(state.gradient_norms[layer], state.weight_norms[layer])),
-        }
-        for state in measured
-        for layer, depth in depths(state.gradient_norms).items()
-    ]
-    return layers, losses
-
-
-def _setting(config: ConfigDict, train_set: SplitArrays) -> str:
+def _setting(config: ConfigDict, data: PreparedData) -> str:
     """Says in words what a reader must know of the training."""
-    height, width = train_set.images.shape[1:3]
-    optim = config.optim
+    crops = by(data.arrays["train"].images.shape[1:3])
     return (
-        f"first stage of {config.model.width} channels, {height}x{width} crops, batches of "
-        f"{config.train.batch_size}, SGD with learning rate {optim.learning_rate:g} "
-        f"({optim.schedule}), momentum {optim.momentum:g} and weight decay "
-        f"{optim.weight_decay:g}, seed {config.seed}"
+        f"first stage of {config.model.width} channels, {crops} crops, batches of "
+        f"{config.train.batch_size}, SGD with learning rate {config.optim.learning_rate:g} "
+        f"({config.optim.schedule}), momentum {config.optim.momentum:g} and weight decay "
+        f"{config.optim.weight_decay:g}, seed {config.seed}"
     )
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows with the same keys; None as an empty cell, infinity and NaN as inf and nan."""
-    with write_whole(path) as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+def _write(measured: Sequence[Measurement], folder: Path, setting: str) -> None:
+    """Leaves figure, caption and numbers in a folder, and prints the caption."""
+    folder.mkdir(exist_ok=True)
+    header = ("network", "norms", "step", "loss")
+    layers = [
+        (m.network, m.norms, m.step, m.losses[-1], *layer)
+        for m in measured
+        for layer in zip(itertools.count(1), m.layers, m.gradient_norms, strict=False)
+    ]
+    write_csv(folder / "gradients.csv", (*header, "depth", "layer", "gradient_norm"), layers)
+    losses = [(m.network, m.norms, *loss) for m in measured for loss in enumerate(m.losses[:-1])]
+    write_csv(folder / "losses.csv", header, losses)
+    plot_gradients(measured, folder / "gradients.png")
+    caption = describe_gradients(measured, setting=setting)
+    with write_whole(folder / "gradients.md") as file:
+        file.write(caption + "\n")
+    print(caption)
+    logger.info("figure, caption and numbers are in %s", folder)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from configs import default
+from jaxcells.files import Workdir
 from jaxcells.models import create_model
 from jaxcells.models.summary import layer_table, summarize
 from jaxcells.workflows.describe import describe
@@ -20,8 +21,8 @@ def config():
 
 
 def described(config, workdir, capsys):
-    """The printed table and the rows of the file, which must agree on the head."""
-    describe(config, workdir)
+    """The printed table and the rows of the file."""
+    describe(config, Workdir(workdir))
     with open(workdir / "describe/layers.csv", newline="", encoding="utf-8") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     return capsys.readouterr().out, rows
@@ -48,9 +49,8 @@ def test_plain_network_is_drawn_as_one(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "jaxcells.workflows.describe.plot_network", lambda *_, **kw: drawn.append(kw)
     )
-    describe(config, tmp_path)
-    config.model.name = "plain18"
-    describe(config, tmp_path)
+    for config.model.name in ("resnet18", "plain18"):
+        describe(config, Workdir(tmp_path))
     assert [kw["shortcuts"] for kw in drawn] == [True, False]
     assert [kw["title"] for kw in drawn] == ["resnet18", "plain18"]
 
@@ -59,22 +59,23 @@ def test_plain_network_is_drawn_as_one(config, tmp_path, monkeypatch):
 def test_classes_are_the_folders(config, tmp_path, capsys, split, monkeypatch):
     monkeypatch.setattr("jaxcells.workflows.describe.plot_network", lambda *_, **kw: None)
     root = tmp_path / "images"
-    for side in ("Train", "val", "test") if split else ("",):
+    for folder in ("Train", "val", "test") if split else ("",):
         for name in ("a", "b", "c d", "e", ".hidden"):
-            (root / side / name).mkdir(parents=True)
+            (root / folder / name).mkdir(parents=True)
     (root / "notes.txt").touch()
     config.data.root = str(root)
     _, rows = described(config, tmp_path / "run", capsys)
     assert rows["fc"]["output"] == "4"
 
 
-def test_what_is_not_known_is_said(config, tmp_path, capsys, caplog, monkeypatch):
+@pytest.mark.parametrize("data", [{"source": "tfds:cells"}, {"root": "/nowhere"}])
+def test_what_is_not_known_is_said(config, tmp_path, capsys, caplog, monkeypatch, data):
     monkeypatch.setattr("jaxcells.workflows.describe.plot_network", lambda *_, **kw: None)
     caplog.set_level(logging.INFO, "jaxcells")
-    config.data.source = "tfds:cells"
-    config.data.crop_size = 0
+    config.data.update(data, crop_size=0)
     _, rows = described(config, tmp_path, capsys)
     assert rows["conv1"]["output"] == "112x112x8"
     assert rows["fc"]["output"] == "2"
-    assert "the classes in tfds:cells are not known yet: shown with K=2" in caplog.text
+    (source,) = data.values()
+    assert f"the classes in {source} are not known yet: shown with K=2" in caplog.text
     assert "data.crop_size=0 uses images whole: shown for 224x224 pixels" in caplog.text

@@ -1,65 +1,48 @@
 import csv
+import itertools
+import types
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import gradients as shipped
-from jaxcells import Error, gradients
+from jaxcells.data.loader import train_batches
+from jaxcells.files import Error, Workdir
 from jaxcells.models.preact import BasicUnit, PreActResNet
 from jaxcells.models.resnet import BasicBlock, ResNet
-from jaxcells.training.state import create_train_state
-from jaxcells.workflows.gradients import compare_gradients
+from jaxcells.workflows import gradients
+from jaxcells.workflows.gradients import compare_gradients, measure_gradients
 from tests.data.folders import write_folder
 
 
-class TwoStages(nn.Module):
-    """Layers named like those of a real network; a norm before the head, or none."""
+def small_config(**changes):
+    config = shipped.get_config()
+    small = {"data.crop_size": 32, "data.crops_per_class": 16, "data.split": (12, 2, 2)}
+    small |= {"model.name": "preact18", "model.width": 4, "train.batch_size": 8}
+    config.update_from_flattened_dict(small | changes)
+    return config
 
-    norms: bool
+
+def two_blocks(name, *, num_classes, width, norms, scan, **_):
+    """One block in each of two stages: all that the real networks have but the depth."""
+    sizes = {"num_classes": num_classes, "width": width, "norms": norms}
+    if name.startswith("preact"):
+        return PreActResNet((1, 1), BasicUnit, scan=scan, **sizes)
+    return ResNet((1, 1), BasicBlock, shortcut=name.startswith("resnet"), **sizes)
+
+
+class TwoLayers(nn.Module):
     num_classes: int
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = nn.Dense(4, name="conv1")(x.mean((1, 2)))
-        x = nn.relu(nn.Dense(4, name="layer1_0")(x))
-        x = nn.relu(nn.Dense(4, name="layer2_0")(x))
-        if self.norms:
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x)
+        x = nn.relu(nn.Dense(5, name="conv1")(x.reshape(len(x), -1)))
         return nn.Dense(self.num_classes, name="fc")(x)
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Puts small networks in place of the real ones; gathers what they were made with."""
-    calls = []
-
-    def create_model(name, *, norms, num_classes, **rest):
-        calls.append((name, norms, num_classes, rest))
-        return TwoStages(norms, num_classes)
-
-    monkeypatch.setattr(gradients, "create_model", create_model)
-    monkeypatch.setattr(gradients, "MODEL_NAMES", ("resnet18", "plain18", "preact18", "preact164"))
-    return calls
-
-
-def small_config(root, **changes):
-    config = shipped.get_config()
-    config.update_from_flattened_dict(
-        {
-            "model.name": "preact18",
-            "data.root": str(root),
-            "data.crop_size": 32,
-            "data.crops_per_class": 16,
-            "data.split": (12, 2, 2),
-            "train.batch_size": 8,
-            **changes,
-        }
-    )
-    return config
 
 
 def read_csv(path):
@@ -67,115 +50,109 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_every_layer_of_every_network_is_written(made, tmp_path, capsys):
-    root = tmp_path / "images"
-    write_folder(root, {"A": 8, "B": 8})
-    compare_gradients(small_config(root), tmp_path / "run")
+def test_every_layer_of_every_network_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gradients, "create_model", two_blocks)
+    config = small_config(**{"data.root": str(write_folder(tmp_path / "in", {"A": 8, "B": 8}))})
+    compare_gradients(config, Workdir(tmp_path / "run"))
 
-    networks = [(n, norms) for norms in (True, False) for n in ("plain18", "resnet18", "preact18")]
-    arguments = {"width": 16, "dtype": "float32", "zero_init_residual": False}
-    unrolled = {"preact18": {"scan": False}}
-    assert made == [
-        (name, norms, 2, arguments | unrolled.get(name, {})) for name, norms in networks
-    ]
-
+    names = ("plain18", "resnet18", "preact18")
+    networks = [(name, norms) for norms in ("True", "False") for name in names]
     rows = read_csv(tmp_path / "run/gradients/gradients.csv")
-    assert list(rows[0]) == [
-        *("network", "norms", "step", "loss", "depth", "layer"),
-        *("gradient_norm", "weight_norm", "ratio"),
-    ]
-    # 24 crops in batches of 8 are 3 steps an epoch; two epochs.
-    layers = [("1", "conv1"), ("2", "layer1_0"), ("3", "layer2_0"), ("4", "fc")]
+    layers = ["conv1", *(f"layer{stage}_0/conv{n}" for stage in (1, 2) for n in (1, 2)), "fc"]
+    # 24 crops in batches of 8 are 3 steps an epoch; two epochs. Projections are left out.
     assert [(r["network"], r["norms"], r["step"], r["depth"], r["layer"]) for r in rows] == [
-        (name, str(norms), step, *layer)
-        for name, norms in networks
+        (*network, step, str(depth), layer)
+        for network in networks
         for step in ("0", "6")
-        for layer in layers
+        for depth, layer in enumerate(layers, start=1)
     ]
-    for row in rows:
-        gradient_norm, weight_norm = float(row["gradient_norm"]), float(row["weight_norm"])
-        assert float(row["ratio"]) == pytest.approx(gradient_norm / weight_norm, rel=1e-4)
-        assert gradient_norm > 0
-
+    assert all(float(row["gradient_norm"]) > 0 for row in rows)
     losses = read_csv(tmp_path / "run/gradients/losses.csv")
     assert [(r["network"], r["norms"], r["step"]) for r in losses] == [
-        (name, str(norms), str(step)) for name, norms in networks for step in range(6)
+        (*network, str(step)) for network in networks for step in range(6)
     ]
     assert losses[0]["loss"] == rows[0]["loss"]
 
-    # The three are one network here: with one seed and one order of batches they stay the same.
-    for table in (rows, losses):
-        for row in table:
-            twin = {**row, "network": "plain18"}
-            assert twin in table
-
     assert (tmp_path / "run/gradients/gradients.png").stat().st_size > 0
     caption = (tmp_path / "run/gradients/gradients.md").read_text()
-    assert "32x32 crops, batches of 8, SGD with learning rate 0.01 (constant)" in caption
+    assert "first stage of 4 channels, 32x32 crops, batches of 8, SGD with learning" in caption
+    assert "learning rate 0.01 (constant), momentum 0.9 and weight decay 0, seed 0" in caption
     assert caption == capsys.readouterr().out
 
 
-def test_kernels_of_one_name_begin_equal():
-    def init(model):
-        state = create_train_state(
-            model, optax.identity(), sample_shape=(1, 32, 32, 3), key=jax.random.key(0)
-        )
-        return flatten_dict(state.params, sep="/")
+def measure_two_layers(monkeypatch, **changes):
+    """Measures a small network on random images; returns them and their labels too."""
+    monkeypatch.setattr(gradients, "create_model", lambda num_classes, **_: TwoLayers(num_classes))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (24, 4, 4, 3), np.uint8)
+    labels = rng.integers(0, 3, 24).astype(np.int32)
+    data = types.SimpleNamespace(
+        arrays={"train": types.SimpleNamespace(images=images, labels=labels)},
+        crop_set=types.SimpleNamespace(class_names=["A", "B", "C"]),
+    )
+    config = small_config(**{"train.num_epochs": 1, **changes})
+    return *measure_gradients(config, data, "plain18", norms=True), images, labels
 
-    sizes = {"num_classes": 2, "width": 2, "norms": False}
-    plain = init(ResNet((1, 2), BasicBlock, shortcut=False, **sizes))
-    others = [
-        init(ResNet((1, 2), BasicBlock, **sizes)),
-        init(PreActResNet((1, 2), BasicUnit, scan=False, **sizes)),
-    ]
-    assert len(plain) == 1 + 3 * 2 + 2  # with the kernel and the bias of the head
+
+def test_both_measurements_are_of_the_first_batch(monkeypatch):
+    settings = {"optim.learning_rate": 0.02, "optim.momentum": 0.5, "optim.weight_decay": 0.1}
+    settings["optim.schedule"] = "cosine"
+    start, end, images, labels = measure_two_layers(monkeypatch, **settings)
+
+    normalization = gradients.fit_normalization(images, small_config().data.normalize)
+    init_key, _ = jax.random.split(jax.random.key(0))
+    params = TwoLayers(3).init(init_key, np.zeros((1, 4, 4, 3)), train=False)["params"]
+
+    def loss_of(params, batch):
+        logits = TwoLayers(3).apply({"params": params}, normalization(batch["image"]), train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    batches = [*itertools.islice(train_batches(images, labels, 8, seed=0), 3)]
+    losses, norms, velocity = [], [], jax.tree.map(np.zeros_like, params)
+    for step, batch in enumerate([*batches, batches[0]]):
+        loss, slopes = jax.value_and_grad(loss_of)(params, batch)
+        losses.append(float(loss))
+        norms.append([np.linalg.norm(slopes[layer]["kernel"]) for layer in ("conv1", "fc")])
+        for layer, slope in slopes.items():  # the decay is no part of the gradient
+            slope["kernel"] += 0.1 * params[layer]["kernel"]
+        velocity = jax.tree.map(lambda v, slope: 0.5 * v + slope, velocity, slopes)
+        rate = 0.01 * (1 + np.cos(np.pi * step / 3))
+        params = jax.tree.map(lambda p, v, rate=rate: p - rate * v, params, velocity)
+
+    assert (start.network, start.norms, start.layers) == ("plain18", True, ["conv1", "fc"])
+    assert (start.step, end.step) == (0, 3)
+    assert start.losses == pytest.approx(losses[:1], rel=1e-4)
+    assert end.losses == pytest.approx(losses, rel=1e-4)
+    assert start.gradient_norms == pytest.approx(norms[0], rel=1e-4)
+    assert end.gradient_norms == pytest.approx(norms[3], rel=1e-3)
+
+
+def test_a_network_that_diverges_is_measured_all_the_same(monkeypatch):
+    start, end, *_ = measure_two_layers(monkeypatch, **{"optim.learning_rate": 1e38})
+    assert start.diverged is None
+    assert end.step == 3
+    assert not np.isfinite(end.gradient_norms).all()
+    assert end.diverged in (1, 2)
+
+
+def test_kernels_of_one_name_begin_equal():
+    params = []
+    for name in ("plain18", "resnet18", "preact18"):
+        model = two_blocks(name, num_classes=2, width=2, norms=False, scan=False)
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+        params.append(flatten_dict(variables["params"], sep="/"))
+    plain, *others = params
+    assert len(plain) == 1 + 2 * 2 + 2  # with the kernel and the bias of the head
     for other in others:
         assert set(other) - set(plain) == {"layer2_0/downsample_conv/kernel"}
-        for name, value in plain.items():
-            np.testing.assert_array_equal(value, other[name], err_msg=name)
+        assert all((other[name] == value).all() for name, value in plain.items())
 
 
-def test_the_optimizer_is_that_of_the_config(made, tmp_path, monkeypatch):
-    calls = []
-
-    def spy(function):
-        return lambda *args, **kwargs: calls.append((args, kwargs)) or function(*args, **kwargs)
-
-    for name in ("make_schedule", "make_optimizer"):
-        monkeypatch.setattr(gradients.optim, name, spy(getattr(gradients.optim, name)))
-    monkeypatch.setattr(gradients, "_KINDS", ("plain",))
-    root = tmp_path / "images"
-    write_folder(root, {"A": 8, "B": 8})
-    optimizer = {"learning_rate": 0.02, "schedule": "cosine", "momentum": 0.5, "weight_decay": 1e-3}
-    config = small_config(root, **{f"optim.{key}": value for key, value in optimizer.items()})
-    compare_gradients(config, tmp_path / "run")
-    (name, schedule), (_, options) = calls[:2]
-    assert name == ("cosine",)
-    assert schedule == {"learning_rate": 0.02, "num_steps": 6}
-    assert options == {"momentum": 0.5, "weight_decay": 1e-3}
-    caption = (tmp_path / "run/gradients/gradients.md").read_text()
-    assert "learning rate 0.02 (cosine), momentum 0.5 and weight decay 0.001, seed 0" in caption
-
-
-def test_a_network_that_diverges_is_recorded(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(gradients, "_KINDS", ("plain",))
-    root = tmp_path / "images"
-    write_folder(root, {"A": 8, "B": 8})
-    config = small_config(root, **{"optim.learning_rate": 1e12})
-    compare_gradients(config, tmp_path / "run")
-    rows = read_csv(tmp_path / "run/gradients/gradients.csv")
-    after = [float(r["gradient_norm"]) for r in rows if (r["norms"], r["step"]) == ("False", "6")]
-    assert len(after) == 4
-    assert not np.isfinite(after).all()
-    assert "plain18 diverged at step" in (tmp_path / "run/gradients/gradients.md").read_text()
-
-
-def test_a_depth_that_one_kind_lacks_is_refused_before_any_crop_is_drawn(made, tmp_path):
-    config = small_config(tmp_path, **{"model.name": "preact164"})
+def test_a_depth_that_one_kind_lacks_is_refused_before_any_crop_is_drawn(tmp_path):
     with pytest.raises(Error) as error:
-        compare_gradients(config, tmp_path / "run")
+        compare_gradients(small_config(**{"model.name": "preact164"}), Workdir(tmp_path / "run"))
     assert str(error.value) == (
-        "model.name='preact164': there is no plain164 and no resnet164 to compare it with; set "
-        "--config.model.name to one of resnet18"
+        "model.name='preact164': there is no plain164 and no resnet164 to compare it with; choose "
+        "model.name=plain18 or plain34 or plain50 or plain101 or plain152"
     )
     assert not (tmp_path / "run").exists()
