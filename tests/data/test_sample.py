@@ -1,0 +1,233 @@
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcells.data import sample
+from jaxcells.data.parallel import parallel_map
+from jaxcells.data.rng import named_generator
+from jaxcells.data.sample import CELL_LINES, simulate_field, write_sample
+from jaxcells.evaluation.baseline import mean_std_baseline
+from jaxcells.files import Error
+
+SETTINGS = 10
+
+
+@pytest.fixture(scope="module")
+def fields():
+    """Fields of all lines, each recorded with the same ten settings: [3, 10, H, W]."""
+    jobs = [(line, number) for line in CELL_LINES for number in range(SETTINGS)]
+    found = parallel_map(lambda job: simulate_field(0, *job, 1), jobs, title="fields")
+    return np.stack(found).reshape(3, SETTINGS, 480, 640)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sample of 2 channels with 2 fields each."""
+    root = tmp_path_factory.mktemp("sample") / "deeper" / "sample"
+    write_sample(root, channels=2, fields=2)
+    return root
+
+
+def draw_crops(fields, size, per_field=12):
+    """Crops [N, size, size, 1], labels [N] and settings [N]."""
+    rng = np.random.default_rng(size)
+    crops, labels, settings = [], [], []
+    for label, number in np.ndindex(fields.shape[:2]):
+        for _ in range(per_field):
+            y, x = rng.integers(480 - size + 1), rng.integers(640 - size + 1)
+            crops.append(fields[label, number, y : y + size, x : x + size, None])
+            labels.append(label)
+            settings.append(number)
+    return np.stack(crops), np.array(labels), np.array(settings)
+
+
+@pytest.mark.parametrize("size", [100, 200])
+def test_mean_and_deviation_do_not_give_the_line_away(fields, size):
+    crops, labels, settings = draw_crops(fields, size)
+    # Holding out the same settings for all lines: otherwise the balance of the experiment would
+    # push a learner of settings below chance, and hide a line that is brighter than the others.
+    test = settings % 3 == 0
+    accuracy = mean_std_baseline(crops[~test], labels[~test], crops[test], labels[test])
+    assert accuracy < 0.5
+    shuffled = np.random.default_rng(0).permutation(SETTINGS * 3).reshape(3, SETTINGS) % 3 == 0
+    test = shuffled[labels, settings]
+    assert mean_std_baseline(crops[~test], labels[~test], crops[test], labels[test]) < 0.6
+
+
+def test_lines_are_equally_bright_and_contrasted(fields):
+    crops, labels, settings = draw_crops(fields, 100, per_field=40)
+    means = crops.mean(axis=(1, 2, 3))
+    deviations = np.log(crops.std(axis=(1, 2, 3)))
+    by_line = [(means[labels == k].mean(), deviations[labels == k].mean()) for k in range(3)]
+    brightness, contrast = np.ptp(by_line, axis=0)
+    assert brightness < 2.0  # grey levels
+    assert contrast < 0.04
+    between_settings = [deviations[settings == number].mean() for number in range(SETTINGS)]
+    assert np.std(between_settings) > 3 * contrast
+    assert np.std([means[settings == number].mean() for number in range(SETTINGS)]) > 5
+
+
+def texture(crops):
+    """Shape of the grey values at three scales, blind to brightness and contrast, [N, 5]."""
+    features = []
+    smooth = crops[..., 0].astype(np.float64)
+    for _ in range(3):
+        coarse = smooth
+        for step in (1, 2):
+            for axis in (1, 2):
+                shifted = np.roll(coarse, step, axis) + np.roll(coarse, -step, axis)
+                coarse = (shifted + 2 * coarse) / 4
+        detail = (smooth - coarse)[:, 4:-4, 4:-4]
+        power = (detail**2).mean(axis=(1, 2))
+        features += [np.log(power), (detail**3).mean(axis=(1, 2)) / power**1.5]
+        smooth = coarse
+    features = np.stack(features, axis=1)
+    features[:, 0] -= features[:, 2]
+    features[:, 2] -= features[:, 4]
+    return np.delete(features, 4, axis=1)
+
+
+def test_texture_tells_the_lines_apart(fields):
+    crops, labels, settings = draw_crops(fields, 100)
+    features, test = texture(crops), settings % 3 == 0
+    center = np.stack([features[~test & (labels == k)].mean(axis=0) for k in range(3)])
+    within = np.cov((features - center[labels])[~test].T)
+    directions = np.linalg.solve(within, center.T)
+    scores = features @ directions - 0.5 * (center.T * directions).sum(axis=0)
+    assert (scores.argmax(axis=1) == labels)[test].mean() > 0.8
+
+
+def test_nearly_every_100_pixel_crop_holds_a_whole_cell():
+    rng = np.random.default_rng(0)
+    open_channel = np.full((480, 640), -100.0)
+    for line in CELL_LINES:
+        cells = sample._place_cells(rng, line, 1.2, open_channel)  # as sparse as it gets
+        rows, columns, radii = np.array(cells).T
+        assert 0.8 < 2 * np.median(radii) / line.diameter < 1.1
+        hits = 0
+        for _ in range(500):
+            y, x = rng.uniform(0, 380), rng.uniform(0, 540)
+            inside = (rows - radii > y) & (rows + radii < y + 100)
+            hits += np.any(inside & (columns - radii > x) & (columns + radii < x + 100))
+        assert hits > 460
+
+
+def test_walls_frame_the_field(monkeypatch):
+    """The first and last rows lie in a wall, where no cell is: less detail than in the middle."""
+    monkeypatch.setattr(sample, "_record", lambda settings, rng, phase: phase)
+    detail = np.abs(np.diff(simulate_field(0, CELL_LINES[1], 1, 1), axis=1)).mean(axis=1)
+    assert max(detail[:6].max(), detail[-6:].max()) < 0.3 * detail[100:380].mean()
+
+
+def test_bright_pixels_are_noisier_and_settings_change_the_noise():
+    phase = np.linspace(-1, 1, 640) * np.ones((480, 1))
+    deviations = []
+    for field in range(20):
+        one, other = (
+            sample._record(named_generator(field), named_generator(field, k), phase).astype(float)
+            for k in (1, 2)
+        )
+        left, right = np.array_split((one - other) / 2**0.5, 2, axis=1)
+        assert left.std() < right.std()
+        deviations.append((one - other).std() / 2**0.5)
+    assert 1.2 < min(deviations) < 2.2
+    assert 3 < max(deviations) < 5
+
+
+def test_lines_differ_in_their_cells_alone(monkeypatch):
+    cells = simulate_field(0, CELL_LINES[0], 1, 1).astype(float)
+    namesake = dataclasses.replace(CELL_LINES[0], name="another")
+    assert np.abs(cells - simulate_field(0, namesake, 1, 1)).mean() > 10
+    monkeypatch.setattr(sample, "_place_cells", lambda *arguments: [])
+
+    def rows(line, channel, field):
+        return simulate_field(0, line, channel, field).mean(axis=1)
+
+    first, second = CELL_LINES[:2]
+    assert np.abs(rows(first, 1, 1) - rows(second, 1, 1)).max() < 2  # debris and noise
+    for channel, field in ((1, 2), (2, 1)):
+        assert np.abs(rows(first, 1, 1) - rows(first, channel, field)).max() > 10
+
+
+def pixels_below(root):
+    return {
+        path.relative_to(root).as_posix(): np.asarray(Image.open(path)).tobytes()
+        for path in sorted(root.rglob("*.png"))
+    }
+
+
+def test_sample_has_the_folders_and_images_asked_for(whole):
+    names = list(pixels_below(whole))
+    assert names == [
+        f"{line}/channel_{channel}/field_{field:02d}.png"
+        for line in ("sim-A", "sim-B", "sim-C")
+        for channel in (1, 2)
+        for field in (1, 2)
+    ]
+    for name in names:
+        with Image.open(whole / name) as image:
+            assert (image.mode, image.size) == ("L", (640, 480))
+    assert [path.name for path in whole.parent.iterdir()] == ["sample"]
+    assert "seed 0, 3 lines x 2 channels x 2 fields" in (whole / "SOURCE.md").read_text()
+
+
+def test_a_field_depends_on_seed_line_channel_and_number_alone(whole, tmp_path):
+    pixels = pixels_below(whole)
+    write_sample(tmp_path / "one", channels=1, fields=1)
+    write_sample(tmp_path / "other", seed=1, channels=1, fields=1)
+    assert pixels_below(tmp_path / "one").items() <= pixels.items()
+    assert len(set(pixels.values()) | set(pixels_below(tmp_path / "other").values())) == 12 + 3
+
+
+def test_pixels_are_those_of_every_machine(whole):
+    """Where this fails by a change of the simulation, raise `sample._VERSION` and set these."""
+    found = [
+        hashlib.sha256(pixels_below(whole)[f"sim-{line}/channel_1/field_01.png"]).hexdigest()[:16]
+        for line in "AB"
+    ]
+    assert (sample._VERSION, found) == (2, ["176cd1d7e4cc74bc", "f0c201a439f471ab"])
+
+
+def test_a_whole_sample_is_left_as_it_is_and_no_other(whole, monkeypatch):
+    monkeypatch.setattr(sample, "simulate_field", None)  # writing again would raise
+    write_sample(whole, channels=2, fields=2)
+
+    refused = "sample: is not the whole sample of this version, seed and size; delete the folder"
+    with pytest.raises(Error, match=refused):
+        write_sample(whole, seed=1, channels=2, fields=2)
+    field = whole / "sim-B" / "channel_1" / "field_02.png"
+    field.rename(field.with_suffix(".away"))
+    with pytest.raises(Error, match=refused):
+        write_sample(whole, channels=2, fields=2)
+    field.with_suffix(".away").rename(field)
+    monkeypatch.setattr(sample, "_VERSION", sample._VERSION + 1)
+    with pytest.raises(Error, match=refused):
+        write_sample(whole, channels=2, fields=2)
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path):
+    (tmp_path / "mine.txt").write_text("notes")
+    with pytest.raises(Error, match="is not the whole sample"):
+        write_sample(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
+    written: list[Path] = []
+    save = Image.Image.save
+
+    def save_some(image, path):
+        if len(written) >= 3:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(image, path)
+
+    monkeypatch.setattr(Image.Image, "save", save_some)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample(tmp_path / "sample", channels=1)
+    assert len(written) >= 3
+    assert not list(tmp_path.iterdir())
