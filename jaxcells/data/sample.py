@@ -11,9 +11,9 @@ far more than from line to line, so that neither the mean and standard deviation
 walls of its channel give the line away. A classifier that learns the settings does worse than
 chance on a new field: its settings were seen with the other lines only.
 
-All is float64 until the last rounding, and before it the functions of another C library or processor
-move a grey value by 1e-14 on average: all 3e7 pixels of the sample are the same on every machine,
-but for a chance of one in a million.
+All is float64 until the last rounding, and before it the functions of another C library or CPU move
+a grey value by 1e-14 on average: all 3e7 pixels of the sample are the same on every machine, but
+for a chance of one in a million.
 
 Lengths are in pixels, phases and angles in radians, brightness in grey levels of 8 bits.
 """
@@ -205,7 +205,7 @@ def _cell_phase(rng: Generator, line: CellLine, radius: float, y: Array, x: Arra
     center = _scatter(rng, 1, 0.7 * (radius - nucleus_radius))
     depth = nucleus_radius - np.sqrt((y - center[0, 0]) ** 2 + (x - center[0, 1]) ** 2)
     nucleus = 0.11 + 0.11 * np.tanh(depth / 1.8) + 0.16 * _bell(depth / 1.1)
-    nucleoli = center + _scatter(rng, rng.integers(1, 4), 0.6 * nucleus_radius)
+    nucleoli = center + _scatter(rng, int(rng.integers(1, 4)), 0.6 * nucleus_radius)
     mean = line.granules * (2 * radius / line.diameter) ** 2 * rng.uniform(0.5, 1.5)
     granules = _scatter(rng, rng.poisson(mean), 0.88 * radius)
     sign = np.where(rng.random(len(granules)) < line.bright, -1, 1)
