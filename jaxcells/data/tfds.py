@@ -28,7 +28,7 @@ logger = logging.getLogger("jaxcells")
 
 _OUR_SPLIT = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 _MARKER = ".tfds.json"
-_PREPARE = "`tfds build NAME --file_format=array_record --data_dir=FOLDER`, where TensorFlow is"
+_PREPARE = "`tfds build NAME --file_format=array_record --data_dir=FOLDER` with TensorFlow"
 
 
 def export_images(name: str, root: Path, *, data_dir: str | Path | None = None) -> None:
@@ -84,8 +84,8 @@ def prepare_tfds(crop_dir: Path, data_dir: Path, *, name: str = "jaxcells_crops"
       A `tfds.core.DatasetBuilder`; its `as_data_source(split)` reads the examples.
 
     Raises:
-      Error: the crops are not those of the manifest, or of several kinds, or another crop set was
-        prepared under this name.
+      Error: the crops are not those of the manifest, or another crop set was prepared under this
+        name.
     """
     crop_set = open_crop_set(crop_dir)
     verify_pixels(crop_set)
@@ -125,7 +125,7 @@ def _open_builder(name: str, data_dir: str | Path | None) -> Any:
         found = sorted(path.parent for path in folder.glob("*/**/features.json"))
         there = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
         raise Error(
-            f"tfds:{name}: cannot be opened in {folder} ({error!r:.150}); prepared there: "
+            f"tfds:{name}: cannot be opened in {folder} ({one_line(error):.150}); prepared there: "
             f"{there}; set data.source=tfds:NAME, tfds:NAME/CONFIG or "
             f"tfds:NAME/CONFIG:VERSION and data.root=FOLDER, or prepare it by {_PREPARE}"
         ) from error
@@ -165,14 +165,14 @@ def _export_split(builder: Any, name: str, split: str, ours: Sequence[str], fold
     except (NotImplementedError, ImportError, OSError, ValueError) as error:
         raise Error(
             f"tfds:{name}: {builder.data_dir} cannot be read without TensorFlow "
-            f"({error!r:.150}); delete that folder, and prepare it again by {_PREPARE}"
+            f"({one_line(error):.150}); delete that folder, and prepare it again by {_PREPARE}"
         ) from error
     for index in tqdm(range(len(source)), desc=f"exporting {split}", disable=None, leave=False):
         where = f"tfds:{name}, split {split}, example {index}"
         try:
             example = source[index]
         except (RuntimeError, ImportError, OSError, ValueError) as error:
-            raise Error(f"{where}: cannot be read ({error!r:.150})") from error
+            raise Error(f"{where}: cannot be read ({one_line(error):.150})") from error
         if example[label] < 0:
             raise Error(f"{where}: has no label; choose a data set with all examples labelled")
         class_name = features[label].int2str(int(example[label]))
@@ -200,8 +200,9 @@ def _builder_class(crop_set: CropSet, data_set: str) -> type[Any]:
     """Returns the class of a crop set's builder; made here because its base is imported late."""
     tfds = _import_tfds()
     first = crop_set.directory / crop_set.records[0].crop
-    channels, dtype = read_image(first).shape[-1], read_image(first).dtype
-    if dtype == "uint8" and channels in (1, 3):  # TFDS takes no others without TensorFlow
+    channels, dtype = read_image(first).shape[-1], read_image(first).dtype  # all crops have them
+    is_png = dtype == "uint8" and channels in (1, 3)  # TFDS takes no others without TensorFlow
+    if is_png:
         image = tfds.features.Image(shape=(None, None, channels), encoding_format="png")
     else:
         image = tfds.features.Tensor(shape=(None, None, channels), dtype=dtype, encoding="zlib")
@@ -229,12 +230,8 @@ def _builder_class(crop_set: CropSet, data_set: str) -> type[Any]:
         def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for record in crop_set.split(split):
                 path = crop_set.directory / record.crop
-                pixels = read_image(path)
-                if (pixels.shape[-1], pixels.dtype) != (channels, dtype):
-                    raise Error(f"{path}: has other channels or another dtype than {first}")
                 example = {key: getattr(record, key) for key in ("label", *texts)}
-                is_file = isinstance(image, tfds.features.Image)
-                example["image"] = io.BytesIO(path.read_bytes()) if is_file else pixels
+                example["image"] = io.BytesIO(path.read_bytes()) if is_png else read_image(path)
                 yield record.crop, example
 
     return CropSetBuilder

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from jaxcells import __version__
 from jaxcells.data.tfds import prepare_tfds
 from jaxcells.files import Error, Workdir
-from jaxcells.models.torch_format import to_torch
+from jaxcells.models.weights import to_torch
 from jaxcells.training.checkpoints import CheckpointMeta, Which, restore_variables
 
 logger = logging.getLogger("jaxcells")
@@ -58,7 +58,7 @@ def export_weights(workdir: Workdir, output: Path | None = None, which: Which = 
         raise Error(f"{path}: weights are written as safetensors; end it in .safetensors")
     if output is not None and path.exists():
         raise Error(f"{path}: exists already and is kept; choose another name")
-    if not path.parent.is_dir():
+    if output is not None and not path.parent.is_dir():
         raise Error(f"{path}: there is no folder {path.parent}; make it first")
     variables, meta = restore_variables(workdir.checkpoints, which)
     tensors = to_torch(variables)
