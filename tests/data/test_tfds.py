@@ -36,7 +36,8 @@ def make_crops(folder, *, dtype="uint8", channels=1, seed=0):
 def make_tfds(data_dir, splits, *, keys=None, **features):
     """Prepares a data set of given examples, as anyone's TFDS code would."""
     label = tfds.features.ClassLabel(names=["benign", "in/situ", ".odd"])
-    features = {"image": tfds.features.Image(), "label": label, **features}
+    fixed = {"image": tfds.features.Image(), "label": label}
+    features = tfds.features.FeaturesDict(fixed | features)
 
     class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("2.1.0")
@@ -44,10 +45,7 @@ def make_tfds(data_dir, splits, *, keys=None, **features):
 
         def _info(self):
             return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=keys,
-                disable_shuffling=True,
+                builder=self, features=features, supervised_keys=keys, disable_shuffling=True
             )
 
         def _split_generators(self, dl_manager):
@@ -85,19 +83,19 @@ def export(tmp_path, name="made", out="out", data_dir="."):
     return files - {".tfds.json"}
 
 
+def refuse(tmp_path, message, *arguments, **where):
+    with pytest.raises(Error, match=message) as caught:
+        export(tmp_path, *arguments, **where)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "channels", "feature"),
-    [
-        ("uint8", 1, "Image"),
-        ("uint8", 3, "Image"),
-        ("uint16", 1, "Tensor"),
-        ("float32", 2, "Tensor"),
-    ],
+    ("dtype", "channels"), [("uint8", 1), ("uint8", 3), ("uint16", 1), ("float32", 2)]
 )
-def test_crop_set_reads_back_as_it_was(tmp_path, capfd, dtype, channels, feature):
+def test_crop_set_reads_back_as_it_was(tmp_path, capfd, dtype, channels):
     crop_set = make_crops(tmp_path, dtype=dtype, channels=channels)
     builder = prepare_tfds(crop_set.directory, tmp_path / "tfds")
-    assert type(builder.info.features["image"]).__name__ == feature
+    assert isinstance(builder.info.features["image"], tfds.features.Image) == (dtype == "uint8")
     found = []
     for split in ("train", "val", "test"):
         for read in builder.as_data_source(split):
@@ -133,25 +131,22 @@ def test_neither_jax_nor_tensorflow_is_imported(tmp_path):
 
 
 def test_prepared_set_is_reused_but_only_for_its_own_crops(tmp_path):
-    make_crops(tmp_path)
+    record = make_crops(tmp_path).records[5]
     prepare_tfds(tmp_path / "crops", tmp_path / "tfds")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "tfds").rglob("*")}
     again = prepare_tfds(tmp_path / "crops", tmp_path / "tfds")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "tfds").rglob("*")} == before
     assert len(again.as_data_source("test")) == 3
-    make_crops(tmp_path / "others", seed=1)
+    others = make_crops(tmp_path / "others", seed=1).directory
     with pytest.raises(Error, match=r"tfds/jaxcells_crops/1\.0\.0: holds other crops; delete it"):
-        prepare_tfds(tmp_path / "others" / "crops", tmp_path / "tfds")
-    other = prepare_tfds(tmp_path / "others" / "crops", tmp_path / "tfds", name="others")
-    assert other.info.full_name == "others/1.0.0"
-
-
-def test_changed_crops_are_refused_and_nothing_is_left(tmp_path):
-    path = tmp_path / "crops" / make_crops(tmp_path).records[5].crop
+        prepare_tfds(others, tmp_path / "tfds")
+    builder = prepare_tfds(others, tmp_path / "tfds", name="others")
+    assert builder.info.full_name == "others/1.0.0"
+    path = tmp_path / "crops" / record.crop
     write_crop(path.with_suffix(""), read_image(path) ^ 1)
     with pytest.raises(Error, match="pixels"):
-        prepare_tfds(tmp_path / "crops", tmp_path / "tfds")
-    assert not (tmp_path / "tfds").exists()
+        prepare_tfds(tmp_path / "crops", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_export_of_one_split_by_class(tmp_path):
@@ -177,31 +172,29 @@ def test_a_tenth_drawn_at_random_is_held_out_where_there_is_no_validation(tmp_pa
     paths = export(tmp_path)
     assert "a tenth of train is held out" in caplog.text
     assert export(tmp_path, out="again") == paths
-    numbers = {"train": [], "val": [], "test": []}
-    for path in paths:
-        numbers[path.split("/")[0]].append(int(path[-10:-4]))
-    assert [len(of_split) for of_split in numbers.values()] == [180, 20, 3]
-    assert sorted(numbers["train"] + numbers["val"]) == list(range(200))
+    splits = [path.split("/")[0] for path in paths]
+    assert [splits.count(split) for split in ("train", "val", "test")] == [180, 20, 3]
+    assert len({path[-10:] for path in paths if not path.startswith("test")}) == 200
     assert len(os.listdir(tmp_path / "out" / "val")) == 3  # not one class, as every tenth would be
 
 
-@pytest.mark.parametrize("form", ["jpeg", "grey as colour", "16 bit"])
-def test_export_reads_every_stored_form(tmp_path, form):
-    deep, grey = np.array([[[65535], [258]], [[0], [1]]], np.uint16), IMAGES[0, ..., :1]
-    jpeg = encoded(IMAGES[0], "jpeg")
-    feature = tfds.features.Image(shape=deep.shape, dtype=deep.dtype)
-    feature, stored, pixels = {
-        "jpeg": (tfds.features.Image(), jpeg, np.asarray(Image.open(io.BytesIO(jpeg)))),
-        "grey as colour": (tfds.features.Image(), encoded(grey), np.repeat(grey, 3, axis=2)),
-        "16 bit": (feature, encoded(deep), deep),
-    }[form]
-    # Under other names than "image", which the data set tells itself.
-    whole = {"whole": [example(scan=io.BytesIO(stored))]}
-    make_tfds(tmp_path, whole, keys=("scan", "label"), scan=feature)
-    (name,) = export(tmp_path)
-    assert name == f"benign/000000.{'jpg' if form == 'jpeg' else 'png'}"
-    found = read_image(tmp_path / "out" / name)
-    assert found.dtype == pixels.dtype
+def test_files_stay_as_they_are_stored_but_grey_becomes_colour(tmp_path):
+    jpeg, grey = encoded(IMAGES[0], "jpeg"), IMAGES[1, ..., :1]
+    make_tfds(tmp_path, {"whole": [example(jpeg), example(grey)]})
+    assert export(tmp_path) == {"benign/000000.jpg", "benign/000001.png"}
+    folder = tmp_path / "out" / "benign"
+    assert (folder / "000000.jpg").read_bytes() == jpeg
+    np.testing.assert_array_equal(read_image(folder / "000001.png"), np.repeat(grey, 3, axis=2))
+
+
+def test_sixteen_bits_under_another_name(tmp_path):
+    pixels = np.array([[[65535], [258]], [[0], [1]]], np.uint16)
+    scan = tfds.features.Image(shape=pixels.shape, dtype=pixels.dtype)
+    whole = {"whole": [example(scan=io.BytesIO(encoded(pixels)))]}
+    make_tfds(tmp_path, whole, keys=("scan", "label"), scan=scan)
+    assert export(tmp_path) == {"benign/000000.png"}
+    found = read_image(tmp_path / "out" / "benign" / "000000.png")
+    assert found.dtype == np.uint16
     np.testing.assert_array_equal(found, pixels)
 
 
@@ -212,14 +205,11 @@ def test_complete_export_is_reused_another_is_refused(tmp_path):
     assert not (tmp_path / "out" / "old").exists()
     shutil.rmtree(tmp_path / "made")
     assert export(tmp_path) == paths
-    with pytest.raises(Error, match="out: is not all of tfds:malaria; delete it, or choose"):
-        export(tmp_path, "malaria")
+    refuse(tmp_path, "out: is not all of tfds:malaria; delete it, or choose", "malaria")
     (tmp_path / "out" / min(paths)).unlink()
-    with pytest.raises(Error, match="out: is not all of tfds:made"):
-        export(tmp_path)
+    refuse(tmp_path, "out: is not all of tfds:made")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(Error, match="mine: is not all of tfds:made"):
-        export(tmp_path, out="mine")
+    refuse(tmp_path, "mine: is not all of tfds:made", out="mine")
 
 
 PALETTE = encoded(Image.fromarray(IMAGES[0]).quantize(4))
@@ -235,8 +225,8 @@ NO_CLASS = "are not an image and its class"
         (PALETTE, 0, ["a"], None, "has indexed colours"),
         (IMAGES[0], 0, ["train", "val"], None, "made: has the splits train, val; needed are train"),
         (IMAGES[0], 0, ["a"], ("text", "label"), f"'text' and 'label' {NO_CLASS}: .*text.*: Text"),
-        (IMAGES[0], 0, ["a"], ("image", "text"), f"'image' and 'text' {NO_CLASS}"),
-        (IMAGES[0], 0, ["a"], ("number", "label"), f"'number' and 'label' {NO_CLASS}.*dtype=int64"),
+        (IMAGES[0], 0, ["a"], ("image", "text"), f"'image' and 'text' {NO_CLASS}.*dtype=int64"),
+        (IMAGES[0], 0, ["a"], ("number", "label"), f"'number' and 'label' {NO_CLASS}"),
     ],
 )
 def test_data_sets_that_cannot_be_used(tmp_path, image, label, splits, keys, message):
@@ -244,47 +234,36 @@ def test_data_sets_that_cannot_be_used(tmp_path, image, label, splits, keys, mes
     others = {"text": "words", "number": np.zeros((2, 2, 1), np.int64)}
     data = {split: [example(image, label, **others)] for split in splits}
     make_tfds(tmp_path, data, keys=keys, text=tfds.features.Text(), number=number)
-    with pytest.raises(Error, match=message) as caught:
-        export(tmp_path)
-    assert "\n" not in str(caught.value)
+    refuse(tmp_path, message)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["malaria", "made:3.0.0", "made/config", "", "../made", "made/2/x=,"]
-)
+@pytest.mark.parametrize("name", ["malaria", "made:3.0.0", "", "../made", "made/2/x=,"])
 def test_what_is_not_there_says_what_is_and_how_to_prepare_it(tmp_path, name):
     make_tfds(tmp_path, {"train": examples(1)})
     there = r"prepared there: made/2\.1\.0; set data\.source=tfds:NAME.*--file_format=array_record"
-    with pytest.raises(Error, match=there) as caught:
-        export(tmp_path, name)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(Error, match="prepared there: none"):
-        export(tmp_path, name, data_dir="nowhere")
+    refuse(tmp_path, there, name)
+    refuse(tmp_path, "prepared there: none", name, data_dir="nowhere")
 
 
-@pytest.mark.parametrize("damage", ["format", "info", "missing", "cut", "flipped"])
+@pytest.mark.parametrize("damage", ["format", "info", "cut", "flipped"])
 def test_damaged_data_set_or_one_that_needs_tensorflow(tmp_path, damage):
     make_tfds(tmp_path, {"train": examples(5)})
     info = tmp_path / "made" / "2.1.0" / "dataset_info.json"
     shard = next(info.parent.glob("*array_record*"))
-    content, reason = bytearray(shard.read_bytes()), ""
-    shard.unlink()
+    content, message = bytearray(shard.read_bytes()), "tfds:made"
+    content[content.index(b"PNG") + 20] ^= 1
     if damage == "format":
         info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
-        reason = "TFRECORD.*delete that folder, and prepare it again"
+        message = "TFRECORD.*delete that folder, and prepare it again"
     elif damage == "info":
         info.write_text("{")
-    elif damage != "missing":
-        content[content.index(b"PNG") + 20] ^= 1
+    else:
         shard.write_bytes(content[:100] if damage == "cut" else content)
-    with pytest.raises(Error, match=f"tfds:made.*{reason}") as caught:
-        export(tmp_path)
-    assert "\n" not in str(caught.value)
+    refuse(tmp_path, message)
 
 
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
 def test_without_the_packages(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(Error, match="pip install tensorflow-datasets"):
-        export(tmp_path)
+    refuse(tmp_path, "pip install tensorflow-datasets")

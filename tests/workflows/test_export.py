@@ -22,21 +22,15 @@ from jaxcells.training import checkpoints
 from jaxcells.training.progress import Progress
 from jaxcells.training.state import inference_state
 from jaxcells.workflows.export import _how_to_load, export_tfds, export_weights
-from tests.models.seeded_tensors import seeded_tensor
+from tests.models.networks import assert_close, random_variables
 from tools.torchvision_import import import_torchvision
 
 CLASSES = ("HeLa", "Jürkat", "a b")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALIZATION = Normalization("imagenet", low=(0.0,), high=(255.0,), mean=MEAN, std=STD)
+NORMALIZATION = Normalization("imagenet", (0.0,), (255.0,), mean=(0.5, 0.4, 0.3), std=(0.2,) * 3)
 
 
-def seeded_variables(model, *, channels=3, salt=""):
-    """Every tensor its own values, statistics too, of a size that keeps activations finite."""
-    x = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-    tensors = {n: seeded_tensor(salt + n, zero.shape) for n, zero in to_torch(zeros).items()}
-    return load_pretrained(tensors, zeros)[0]
+def make_variables(model, *, seed=0, channels=3):
+    return random_variables(model, np.zeros((1, 32, 32, channels), np.float32), seed)
 
 
 def write_run(path, *, name="resnet18", width=2, channels=3):
@@ -45,13 +39,13 @@ def write_run(path, *, name="resnet18", width=2, channels=3):
     model, workdir = create_model(**arguments), Workdir(path)
     init, images = {"kind": "imagenet", "source": "a file"}, {"train": ("0123abcd",), "val": ()}
     scores = {"balanced_accuracy": 0.9, "loss": 0.3}
-    for step, salt, metrics in ((4, "", scores), (5, "newest ", None)):
-        variables = seeded_variables(model, channels=channels, salt=salt)
+    for step, seed, metrics in ((4, 0, scores), (5, 1, None)):
+        variables = make_variables(model, seed=seed, channels=channels)
         what = (step, 6, Progress(), NORMALIZATION, 0, 8, CLASSES, "4567cdef")
         meta = checkpoints.CheckpointMeta(*what, arguments, init, images_by_split=images)
         state = inference_state(model, variables).replace(step=jnp.int32(step))
         checkpoints.save(workdir.checkpoints, state, meta=meta, metrics=metrics)
-    return workdir, model, seeded_variables(model, channels=channels)
+    return workdir, model, make_variables(model, channels=channels)
 
 
 def assert_equal(tree, other):
@@ -65,7 +59,7 @@ def test_the_best_checkpoint_comes_back_bit_for_bit(tmp_path, name, caplog):
     with caplog.at_level(logging.INFO, "jaxcells"):
         path = export_weights(workdir)
     assert path == tmp_path / "weights.safetensors"
-    loaded, report = load_pretrained(path, seeded_variables(model, salt="fresh "))
+    loaded, report = load_pretrained(path, make_variables(model, seed=2))
     assert len(report.loaded) == len(load_file(path))
     assert_equal(loaded, variables)
     said, how = caplog.messages[-1].split("; ", 1)
@@ -81,10 +75,9 @@ def test_a_scanned_network_is_written_unit_by_unit(tmp_path):
         tensors["layer3.4.conv2.weight"].transpose(2, 3, 1, 0),
         variables["params"]["layer3_rest"]["conv2"]["kernel"][3],
     )
-    assert not [name for name in tensors if "rest" in name]
     # As the network without a scan has them, from which the same answer follows.
     single = create_model("preact34", num_classes=len(CLASSES), width=2, scan=False)
-    loaded, _ = load_pretrained(path, seeded_variables(single, salt="fresh "))
+    loaded, _ = load_pretrained(path, make_variables(single, seed=2))
     assert_equal(to_torch(loaded), tensors)
 
 
@@ -103,7 +96,7 @@ def test_metadata_hold_what_using_the_network_needs(tmp_path):
 
 def test_other_checkpoints_and_other_files(tmp_path):
     workdir, model, best = write_run(tmp_path / "run")
-    newest = seeded_variables(model, salt="newest ")
+    newest = make_variables(model, seed=1)
     for which, variables in ((4, best), (5, newest), ("latest", newest)):
         output = tmp_path / f"{which}.safetensors"
         assert export_weights(workdir, output, which) == output
@@ -111,9 +104,6 @@ def test_other_checkpoints_and_other_files(tmp_path):
     assert not (workdir.path / "weights.safetensors").exists()
     with pytest.raises(Error, match=r"no checkpoint of step 7 in .*choose a step of 4, 5"):
         export_weights(workdir, tmp_path / "7.safetensors", 7)
-    with pytest.raises(Error, match="none/checkpoints: train first"):
-        export_weights(Workdir(tmp_path / "none"))
-    assert not (tmp_path / "none").exists()
 
 
 def test_bytes_repeat_and_what_is_there_is_kept_unless_it_is_our_own(tmp_path, monkeypatch):
@@ -131,23 +121,21 @@ def test_bytes_repeat_and_what_is_there_is_kept_unless_it_is_our_own(tmp_path, m
         with pytest.raises(Error, match=message):
             export_weights(workdir, output, "latest")
     with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        patch.setattr("os.fsync", lambda file: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             export_weights(workdir, which="latest")
     assert path.read_bytes() == first
     assert export_weights(workdir, which="latest").read_bytes() != first
 
 
-@pytest.mark.parametrize("channels", [3, 5])
-def test_the_lines_that_load_it(channels):
+def test_the_lines_that_load_it():
     path, model = Path("it's.safetensors"), {"name": "resnet34", "num_classes": 7}
-    tensors = {"conv1.weight": np.ones((64, channels, 7, 7))}
+    tensors = {"conv1.weight": np.ones((64, 5, 7, 7))}
     assert _how_to_load(path, model, tensors).startswith("torchvision has no module for it")
-    conv1 = ["  net.conv1 = torch.nn.Conv2d(5, 64, 7, 2, 3, bias=False)"]
     assert _how_to_load(path, model, tensors | {"bn1.weight": np.ones(64)}).splitlines() == [
         "torchvision loads it so:",
         "  net = torchvision.models.resnet34(num_classes=7)",
-        *(conv1 if channels == 5 else []),
+        "  net.conv1 = torch.nn.Conv2d(5, 64, 7, 2, 3, bias=False)",
         """  net.load_state_dict(safetensors.torch.load_file("it's.safetensors"))""",
     ]
 
@@ -173,8 +161,7 @@ def test_torchvision_loads_it_unchanged_and_answers_alike(tmp_path, caplog, chan
     with torch.inference_mode():
         expected = net(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
     logits = jax.jit(partial(model.apply, train=False))(variables, images)
-    assert expected.std() > 0.01
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    assert_close(logits, expected)
 
 
 def test_crops_become_a_data_set_that_the_line_of_the_log_reads(tmp_path, caplog):
@@ -188,10 +175,6 @@ def test_crops_become_a_data_set_that_the_line_of_the_log_reads(tmp_path, caplog
     with caplog.at_level(logging.INFO, logger="jaxcells"):
         path = export_tfds(workdir)
     assert path == tmp_path / "tensorflow_datasets" / "jaxcells_crops" / "1.0.0"
-    said, line = caplog.messages[-1].splitlines()
-    assert said.startswith(f"6 crops are in {path}")
-    values = sorted(
-        (read["label"], read["image"].max() // 10) for read in eval(line, {"tfds": tfds})
-    )
-    assert values == [(0, 1), (1, 2)]
+    examples = eval(caplog.messages[-1].splitlines()[1], {"tfds": tfds})
+    assert {(e["label"], e["image"].max() // 10) for e in examples} == {(0, 1), (1, 2)}
     assert export_tfds(workdir, tmp_path / "sets") == tmp_path / "sets" / "jaxcells_crops" / "1.0.0"
