@@ -208,10 +208,9 @@ def _builder_class(crop_set: CropSet, data_set: str) -> type[Any]:
         image = tfds.features.Tensor(shape=(None, None, channels), dtype=dtype, encoding="zlib")
     label = tfds.features.ClassLabel(names=crop_set.class_names)
     texts = dict.fromkeys(("crop", "channel", "source", "group"), tfds.features.Text())
-
     base: Any = tfds.core.GeneratorBasedBuilder
 
-    class CropSetBuilder(base, skip_registration=True):
+    class CropSetBuilder(base, skip_registration=True):  # type: ignore[call-arg]
         name = data_set
         VERSION = tfds.core.Version("1.0.0")
         # Where TFDS looks for checksums of downloads, with a package that it does not install.
