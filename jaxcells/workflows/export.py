@@ -1,5 +1,6 @@
-"""Takes a trained network out of its workdir, in a form that other programs read."""
+"""Takes a trained network, or the crops it saw, out of a workdir, for other programs to read."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,9 +12,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from jaxcells import __version__
-from jaxcells.files import Error
-from jaxcells.models.torch_format import to_torch
-from jaxcells.training.checkpoints import Which, restore_variables
+from jaxcells.data.tfds import prepare_tfds
+from jaxcells.files import Error, Workdir
+from jaxcells.models.weights import to_torch
+from jaxcells.training.checkpoints import CheckpointMeta, Which, restore_variables
 
 logger = logging.getLogger("jaxcells")
 
@@ -23,24 +25,24 @@ _NORMALIZE = (
 )
 
 
-def export_weights(workdir: Path, output: Path | None = None, which: Which = "best") -> Path:
+def export_weights(workdir: Workdir, output: Path | None = None, which: Which = "best") -> Path:
     """Writes a checkpoint as one safetensors file with the names and layouts of timm and torch.
 
     The file of a residual network loads unchanged into torchvision's and timm's module of the same
     name, with strict=True; torch fills in the batch counters. A plain network has the same names
     without shortcuts; a pre-activation network has names of its own kind, `layer1.1.conv1.weight`
     for what a scan runs too. Neither torchvision nor timm has a module for these two, nor for other
-    widths than 64. All load here, as --config.init=FILE.
+    widths than 64. All load here, as init=FILE.
 
     Parameters and statistics are float32, whatever the dtype of the computation was. The file's
     metadata hold what using it needs, each value a text: "class_names" (JSON, the position is the
     label), "normalization" (JSON, with a sentence on how to apply it) and "model" (JSON, arguments
     of `create_model`); and where it comes from: "step", "manifest_sha256" of the crops, "init",
-    "seen" (JSON, the images that it was trained and chosen by, by hash) and "jaxcells", our
-    version.
+    "images_by_split" (JSON, the images that it was trained and chosen by, by hash) and "jaxcells",
+    our version.
 
     Args:
-      workdir: the folder of a run.
+      workdir: of a run.
       output: a file that is not there yet, *.safetensors; None: weights.safetensors in the
         workdir, which replaces the one of an earlier export.
       which: a step, "latest" or "best".
@@ -51,45 +53,69 @@ def export_weights(workdir: Path, output: Path | None = None, which: Which = "be
     Raises:
       Error: `output` exists or has another suffix, no such checkpoint, or it is damaged.
     """
-    path = workdir / "weights.safetensors" if output is None else output.expanduser()
+    path = workdir.path / "weights.safetensors" if output is None else output.expanduser()
     if path.suffix != ".safetensors":
-        raise Error(f"--output={path}: weights are written as safetensors; end it in .safetensors")
+        raise Error(f"{path}: weights are written as safetensors; end it in .safetensors")
     if output is not None and path.exists():
-        raise Error(f"--output={path}: exists already and is kept; choose another name")
+        raise Error(f"{path}: exists already and is kept; choose another name")
     if output is not None and not path.parent.is_dir():
-        raise Error(f"--output={path}: there is no folder {path.parent}; make it first")
-    variables, meta = restore_variables(workdir / "checkpoints", which)
+        raise Error(f"{path}: there is no folder {path.parent}; make it first")
+    variables, meta = restore_variables(workdir.checkpoints, which)
     tensors = to_torch(variables)
-    _write_whole(path, *_serialize(tensors, _metadata(meta)))
+    _write_whole(path, _serialize(tensors, _metadata(meta)))
     logger.info(
         "%s of step %d (%.1f MB) is in %s; %s",
-        *(meta["model"]["name"], meta["step"], path.stat().st_size / 1e6, path),
-        _how_to_load(path, meta["model"], tensors),
+        *(meta.model["name"], meta.step, path.stat().st_size / 1e6, path),
+        _how_to_load(path, meta.model, tensors),
     )
     return path
 
 
-def _metadata(meta: Mapping[str, Any]) -> dict[str, str]:
-    model = meta["model"]
+def export_tfds(workdir: Workdir, output: Path | None = None) -> Path:
+    """Prepares the crop set as the TensorFlow Datasets data set `jaxcells_crops`.
+
+    See `jaxcells.data.tfds.prepare_tfds` for its features.
+
+    Args:
+      workdir: of a run, or of crops alone.
+      output: the folder of TFDS data sets; None: tensorflow_datasets in the workdir.
+
+    Returns:
+      The folder of the data set.
+
+    Raises:
+      Error: no crops, changed ones, or other crops prepared there.
+    """
+    data_dir = workdir.path / "tensorflow_datasets" if output is None else output.expanduser()
+    builder = prepare_tfds(workdir.crops, data_dir)
+    path, sizes = Path(builder.data_dir), builder.info.splits
+    logger.info(
+        "%d crops are in %s; TensorFlow Datasets reads them so:\n  %s",
+        *(sum(split.num_examples for split in sizes.values()), path),
+        f"tfds.builder_from_directory({str(path)!r}).as_data_source('train')",
+    )
+    return path
+
+
+def _metadata(meta: CheckpointMeta) -> dict[str, str]:
+    normalization = dataclasses.asdict(meta.normalization)
     return {
         "format": "pt",  # what timm and transformers look for
-        "architecture": model["name"],
-        "num_classes": str(model["num_classes"]),
-        "class_names": json.dumps(meta["class_names"]),
-        "normalization": json.dumps({**meta["normalization"], "apply": _NORMALIZE}),
-        "model": json.dumps(model),
-        "step": str(meta["step"]),
-        "manifest_sha256": meta["manifest_sha256"],
-        "init": meta["init"]["kind"],
-        "seen": json.dumps(meta["seen"]),
+        "architecture": meta.model["name"],
+        "num_classes": str(meta.model["num_classes"]),
+        "class_names": json.dumps(meta.class_names),
+        "normalization": json.dumps({**normalization, "apply": _NORMALIZE}),
+        "model": json.dumps(meta.model),
+        "step": str(meta.step),
+        "manifest_sha256": meta.manifest_sha256,
+        "init": meta.init["kind"],
+        "images_by_split": json.dumps(meta.images_by_split),
         "jaxcells": __version__,
     }
 
 
-def _serialize(
-    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> tuple[bytes, memoryview]:
-    """Returns header and body of a safetensors file, the same bytes at every call.
+def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Returns a safetensors file, the same bytes at every call.
 
     The library alone writes the metadata in an order that changes, and with it the file's hash.
     """
@@ -98,29 +124,22 @@ def _serialize(
     header = json.loads(whole[8:start]) | {"__metadata__": dict(sorted(metadata.items()))}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
-    return len(text).to_bytes(8, "little") + text, memoryview(whole)[start:]
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(whole)[start:]))
 
 
-def _write_whole(path: Path, *parts: bytes | memoryview) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _how_to_load(path: Path, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     width, channels = tensors["conv1.weight"].shape[:2]
     if not model["name"].startswith("resnet") or width != 64 or "bn1.weight" not in tensors:
-        why = f"of width {width} " if model["name"].startswith("resnet") and width != 64 else ""
-        return (
-            f"torchvision has no {model['name']} {why}for it; --config.init={path} starts a run "
-            "from it"
-        )
+        return f"torchvision has no module for it; init={path} starts a run from it"
     lines = [
         "torchvision loads it so:",
         f"net = torchvision.models.{model['name']}(num_classes={model['num_classes']})",
