@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxcells.data.normalization import (
     Normalization,
     fit_normalization,
 )
+from jaxcells.files import from_record
 
 
 def test_imagenet_normalisation_is_that_of_torchvision():
@@ -63,8 +65,8 @@ def test_percentiles_of_large_float_arrays_are_of_a_regular_sample(monkeypatch):
 def test_what_is_stored_is_what_was_used():
     images = np.random.default_rng(0).integers(0, 999, (3, 8, 8, 5), dtype=np.uint16)
     normalization = fit_normalization(images, "auto")
-    restored = Normalization.from_dict(json.loads(json.dumps(normalization.to_dict())))
-    assert restored == normalization
+    stored = json.loads(json.dumps(dataclasses.asdict(normalization)))
+    assert from_record(Normalization, stored, "a test") == normalization
 
 
 def test_mistakes_are_named():
