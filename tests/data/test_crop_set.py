@@ -1,13 +1,7 @@
 import dataclasses
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -48,9 +42,6 @@ def test_every_crop_is_the_pixels_that_the_manifest_says(crop_set, root, tmp_pat
         assert record.group == record.source
     header = (tmp_path / "crops" / "manifest.csv").read_text().splitlines()[0]
     assert header == "crop,class,channel,source,group,y,x,split,sha256"
-
-
-def test_the_same_crops_are_made_anywhere(crop_set, root, tmp_path):
     assert prepare_crop_set(tmp_path / "two", root, SETTINGS).records == crop_set.records
 
 
@@ -133,18 +124,21 @@ def test_images_of_crop_size_are_used_whole(tmp_path):
     assert prepare_crop_set(tmp_path / "whole", root, as_asked).records == crop_set.records
 
 
-def test_groups_of_an_expression_are_noted(root, tmp_path):
+def test_what_was_done_is_noted_and_logged(root, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("jaxcells"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="jaxcells")
     settings = dataclasses.replace(SETTINGS, split_by=r"field(\d)")
     notes = prepare_crop_set(tmp_path / "crops", root, settings).notes
     assert notes == (r"data.split_by=field(\d): 4 groups in 7 images, such as 0, 1, 2, … 1 more",)
+    assert f"note: {notes[0]}" in caplog.messages
+    assert "found 7 images: A (1) 3, B 4" in caplog.messages
+    assert "wrote 20 crops to" in caplog.text
 
 
 def test_crops_of_16_bit_images_keep_their_bits(tmp_path):
-    rng = np.random.default_rng(0)
-    for label in "AB":
-        for number in range(3):
-            pixels = rng.integers(0, 4096, (50, 50), dtype=np.uint16)
-            write_image(tmp_path / "images" / label / f"{number}.png", pixels)
+    for number in range(6):
+        pixels = textured(50, 50, number).astype(np.uint16) << 4
+        write_image(tmp_path / "images" / "AB"[number % 2] / f"{number}.png", pixels)
     crop_set = prepare_crop_set(tmp_path / "crops", tmp_path / "images", SETTINGS)
     crop = read_image(crop_set.directory / crop_set.records[0].crop)
     assert crop.dtype == np.uint16
@@ -159,30 +153,18 @@ def test_a_field_that_changes_meanwhile_is_an_error(root, tmp_path, monkeypatch,
     assert not (tmp_path / "crops").exists()
 
 
-def test_a_killed_write_leaves_nothing_that_passes_for_a_set(tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 4, "B": 4}, size=(400, 400))
-    script = textwrap.dedent(
-        """
-        import pathlib, sys
-        from jaxcells.data.crop_set import prepare_crop_set
-        from jaxcells.data.crops import CropSettings
-        settings = CropSettings(seed=0, crop_size=64, crops_per_class=2000, split=(1000, 500, 500))
-        prepare_crop_set(pathlib.Path(sys.argv[1], "crops"), sys.argv[1] + "/images", settings)
-        """
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment)
-    partial = tmp_path / "crops.partial"
-    deadline = time.monotonic() + 60
-    while not (partial.exists() and sum(1 for _ in partial.rglob("*.png")) > 50):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+@pytest.mark.parametrize("step", ["write_crop", "write_manifest", "write_json"])
+def test_an_interrupted_write_leaves_nothing_that_passes_for_a_set(
+    root, tmp_path, monkeypatch, step
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_crop_set(tmp_path / "crops", root, SETTINGS)
     assert not (tmp_path / "crops").exists()
+    assert (tmp_path / "crops.partial").exists()
     assert len(prepare_crop_set(tmp_path / "crops", root, SETTINGS).records) == 20
-    assert not partial.exists()
+    assert not (tmp_path / "crops.partial").exists()
 
 
 def test_an_edited_manifest_is_refused(crop_set, tmp_path):
@@ -202,11 +184,3 @@ def test_a_set_of_another_version_is_refused_in_words(crop_set, tmp_path):
     path.write_text(json.dumps(description))
     with pytest.raises(Error, match=r"another version .*\(unknown: data.plane; missing: plane\)"):
         open_crop_set(tmp_path / "crops")
-
-
-def test_what_was_done_is_logged(root, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("jaxcells"), "propagate", True)
-    with caplog.at_level(logging.INFO, logger="jaxcells"):
-        prepare_crop_set(tmp_path / "crops", root, SETTINGS)
-    assert "found 7 images: A (1) 3, B 4" in caplog.text
-    assert "wrote 20 crops to" in caplog.text
