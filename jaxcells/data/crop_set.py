@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import hashlib
 import logging
-import os
 import re
 import shutil
 import time
@@ -96,9 +95,7 @@ class CropSet:
         return [record for record in self.records if record.split == name]
 
 
-def prepare_crop_set(
-    directory: Path, root: str | os.PathLike[str], settings: CropSettings
-) -> CropSet:
+def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) -> CropSet:
     """Draws and writes the crops of `root`, or reuses those that are there.
 
     Images that have the size of a crop already are used whole, and then all of them; the split is

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -119,12 +120,11 @@ def _shares(
     quotas = settings.counts if split_of else {"": sum(settings.split)}
     for label in sorted({field.label for field in fields}):
         of_class = [field for field in fields if field.label == label]
-        shuffled = named_generator(settings.seed, "shares", label).permutation(len(of_class))
-        rank = {of_class[i].name: n for n, i in enumerate(shuffled)}
+        order = named_generator(settings.seed, "shares", label).permutation(len(of_class))
         given: collections.Counter[str] = collections.Counter()
         for split, total in quotas.items():
             channels = collections.defaultdict(list)
-            for field in sorted(of_class, key=lambda field: rank[field.name]):
+            for field in (of_class[i] for i in order):
                 if split_of.get(field.name, "") == split:
                     channels[field.channel].append(field.name)
             if not channels:
@@ -132,11 +132,11 @@ def _shares(
                     f"class {label!r} has no image large enough for a crop in {split}; add one, or "
                     "put the classes directly below the image folder to have them split"
                 )
-            names = sorted(channels, key=lambda c: (given[c], rank[channels[c][0]]))
-            for channel, channel_share in zip(names, _equal(total, len(names)), strict=True):
-                given[channel] += channel_share
+            least_first = sorted(channels, key=given.__getitem__)
+            for channel, share in zip(least_first, _equal(total, len(channels)), strict=True):
+                given[channel] += share
                 members = channels[channel]
-                shares |= dict(zip(members, _equal(channel_share, len(members)), strict=True))
+                shares |= dict(zip(members, _equal(share, len(members)), strict=True))
     return shares
 
 
@@ -157,29 +157,26 @@ def _positions(field: Field, number: int, settings: CropSettings) -> list[tuple[
         )
     columns = field.info.width - left - right - size + 1
     rng = named_generator(settings.seed, "positions", field.label, field.name)
+    places = ((top + n // columns, left + n % columns) for n in _distinct(rng, capacity))
     least = settings.min_foreground
-    foreground = foreground_map(read_image(field.path, plane=settings.plane)) if least else None
-    places: list[tuple[int, int]] = []
-    tried, fullest = 0, 0.0
-    for index in _distinct(rng, capacity):
-        # A field with hardly any cells would otherwise be searched pixel by pixel.
-        if len(places) == number or tried == 100 * number + 1000:
-            break
-        y, x = top + index // columns, left + index % columns
-        tried += 1
-        if foreground is not None:
-            fraction = foreground_fraction(foreground, y, x, size)
-            fullest = max(fullest, fraction)
-            if fraction < least:
-                continue
-        places.append((y, x))
-    if len(places) < number:
-        raise Error(
-            f"{field.path}: only {len(places)} of {tried} random crops have the foreground that "
-            f"data.min_foreground={least:g} asks for, and {number} are needed (the fullest has "
-            f"{fullest:.2f}); lower data.min_foreground or take this image out"
-        )
-    return places
+    if not (least and number):
+        return list(itertools.islice(places, number))
+    foreground = foreground_map(read_image(field.path, plane=settings.plane))
+    full: list[tuple[int, int]] = []
+    best = 0.0
+    # A field with hardly any cells would otherwise be searched pixel by pixel.
+    for y, x in itertools.islice(places, 100 * number + 1000):
+        fraction = foreground_fraction(foreground, y, x, size)
+        best = max(best, fraction)
+        if fraction >= least:
+            full.append((y, x))
+        if len(full) == number:
+            return full
+    raise Error(
+        f"{field.path}: {number} crops with the foreground that data.min_foreground={least:g} asks "
+        f"for are needed, and {len(full)} were found (the fullest has {best:.2f}); lower "
+        "data.min_foreground or take this image out"
+    )
 
 
 def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:

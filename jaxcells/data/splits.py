@@ -130,23 +130,21 @@ def _allot_jointly(
         return len(reached) == len(labels) * len(counts)
 
     numbers = apportion(len(groups), counts, 1, {})
-    for _ in range(_ATTEMPTS):
-        allotted = _cut(groups, numbers, rng)
-        if reaches_every_split(allotted):
-            return allotted
-    # Where the ratio leaves no way, any numbers of groups do; the most for training is best.
-    others = [
-        dict(zip(groups, rng.choice(list(counts), len(groups)).tolist(), strict=True))
-        for _ in range(_ATTEMPTS)
-    ]
-    possible = [allotted for allotted in others if reaches_every_split(allotted)]
-    if not possible:
+    cuts = (_cut(groups, numbers, rng) for _ in range(_ATTEMPTS))
+    allotted = next(filter(reaches_every_split, cuts), None)
+    if allotted is None:
+        # The ratio leaves no way. Of any other numbers, the most for training are best.
+        draws = (rng.choice(list(counts), len(groups)).tolist() for _ in range(_ATTEMPTS))
+        possible = [dict(zip(groups, splits, strict=True)) for splits in draws]
+        possible = [allotted for allotted in possible if reaches_every_split(allotted)]
+        allotted = max(possible, key=lambda a: list(a.values()).count("train"), default=None)
+    if allotted is None:
         raise Error(
-            f"data.split_by={split_by!r}: found no way to give each of the classes "
-            f"{some(labels)} a group in every split, with {len(groups)} groups shared between "
-            "them; use a finer group or data.split_by=field"
+            f"data.split_by={split_by!r}: found no way to give each of the classes {some(labels)} "
+            f"a group in every split, with {len(groups)} groups shared between them; use a finer "
+            "group or data.split_by=field"
         )
-    return max(possible, key=lambda allotted: list(allotted.values()).count("train"))
+    return allotted
 
 
 def _cut(
@@ -186,18 +184,15 @@ def apportion(
 
 def _connected_fields(fields: Sequence[Field]) -> list[list[Field]]:
     """Divides fields into sets that share neither a class nor a group."""
-    connected: list[tuple[set[str], list[Field]]] = []
+    connected: list[list[Field]] = []
     for label in sorted({field.label for field in fields}):
         members = [field for field in fields if field.label == label]
-        groups = {field.group for field in members}
-        apart = []
-        for other_groups, others in connected:
-            if groups & other_groups:
-                groups, members = groups | other_groups, members + others
-            else:
-                apart.append((other_groups, others))
-        connected = [*apart, (groups, members)]
-    return [members for _, members in connected]
+        for others in list(connected):
+            if {field.group for field in members} & {field.group for field in others}:
+                members += others
+                connected.remove(others)
+        connected.append(members)
+    return connected
 
 
 def _check_enough_groups(fields: Sequence[Field], num_splits: int, split_by: str) -> None:

@@ -1,4 +1,3 @@
-import dataclasses
 import logging
 
 import numpy as np
@@ -40,15 +39,6 @@ def test_whole_arrays_are_read_without_the_files_of_the_crops(crop_set, tmp_path
     monkeypatch.setattr(crop_set_module, "read_image", None)
     again = open_arrays(crop_set, tmp_path / "arrays")["train"].images
     np.testing.assert_array_equal(again, expected)
-
-
-def test_arrays_are_made_anew_for_another_manifest(crop_set, tmp_path):
-    open_arrays(crop_set, tmp_path / "arrays")
-    settings = dataclasses.replace(SETTINGS, seed=1)
-    other = prepare_crop_set(tmp_path / "other", tmp_path / "images", settings)
-    arrays = open_arrays(other, tmp_path / "arrays")
-    first = read_image(other.directory / arrays["train"].records[0].crop)
-    np.testing.assert_array_equal(arrays["train"].images[0], first)
 
 
 def test_changed_pixels_do_not_get_into_the_arrays(crop_set, tmp_path):
