@@ -136,13 +136,12 @@ def _clashes(
 def _near_constant(split: SplitArrays) -> list[CropRecord]:
     """Returns the crops of which all channels' deviations are under 0.5 % of the split's range."""
 
-    def measure(image: np.ndarray) -> tuple[float, float, float]:
+    def deviation(image: np.ndarray) -> float:
         # With channels first, ten times as fast.
-        deviation = image.T.astype(np.float32, order="C").std(axis=(1, 2)).max()
-        return float(deviation), float(image.min()), float(image.max())
+        return float(image.T.astype(np.float32, order="C").std(axis=(1, 2)).max())
 
-    deviations, lows, highs = np.array(parallel_map(measure, split.images, title="auditing")).T
-    flat = deviations <= _NEAR_CONSTANT * (highs.max() - lows.min())
+    deviations = np.array(parallel_map(deviation, split.images, title="auditing"))
+    flat = deviations <= _NEAR_CONSTANT * float(np.ptp(split.images))
     return [record for record, is_flat in zip(split.records, flat, strict=True) if is_flat]
 
 

@@ -26,10 +26,6 @@ def workdir(tmp_path):
     return Workdir(tmp_path / "run")
 
 
-def invert(path):
-    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
-
-
 def test_settings_come_from_the_config(config, workdir, monkeypatch):
     monkeypatch.setattr(prepare, "prepare_crop_set", lambda directory, root, settings: settings)
     changes = {"split_by": "crop", "min_foreground": 0.5, "plane": "Z=1", "exclude": "_mask"}
@@ -52,7 +48,7 @@ def test_check_verifies_and_shows_the_crops(config, workdir, caplog, monkeypatch
     # A training reads the arrays, which are still right; it is `check` that looks at every file.
     monkeypatch.setattr(arrays_module, "read_crop", None)
     victim = workdir.crops / data.crop_set.records[7].crop
-    invert(victim)
+    Image.fromarray(255 - np.asarray(Image.open(victim))).save(victim)
     assert prepare.prepare_data(config, workdir).crop_set == data.crop_set
     with pytest.raises(Error, match=rf"{victim.name} has not the pixels of manifest\.csv"):
         prepare.check(config, workdir)
