@@ -136,7 +136,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     records, hashes = _write_crops(partial, crops, size, settings.plane)
-    write_manifest(partial / "manifest.csv", records)
+    write_csv(partial / "manifest.csv", _COLUMNS, map(dataclasses.astuple, records))
     description = {
         "class_names": sorted(per_class),
         "manifest_sha256": file_sha256(partial / "manifest.csv"),
@@ -169,7 +169,7 @@ def open_crop_set(directory: Path) -> CropSet:
     values = read_json(path)
     if file_sha256(manifest) != values.get("manifest_sha256"):
         raise Error(f"{directory}: manifest.csv is not the one that was written there; {_AGAIN}")
-    found = {"directory": directory, "records": tuple(read_manifest(manifest))}
+    found = {"directory": directory, "records": tuple(_read_manifest(manifest))}
     crop_set = from_record(CropSet, values | found, path)
     listed = {record.crop for record in crop_set.records}
     present = {
@@ -194,7 +194,7 @@ def read_crop(directory: Path, record: CropRecord) -> np.ndarray:
     """
     pixels = read_image(directory / record.crop)
     if pixel_sha256(pixels) != record.sha256:
-        raise Error(f"{directory}: {record.crop} has not the pixels of manifest.csv; {_AGAIN}")
+        raise Error(f"{directory}: the pixels of {record.crop} differ from manifest.csv; {_AGAIN}")
     return pixels
 
 
@@ -219,14 +219,8 @@ def pixel_sha256(image: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(path: Path, records: Sequence[CropRecord]) -> None:
-    """Writes manifest.csv."""
-    write_csv(path, _COLUMNS, map(dataclasses.astuple, records))
-
-
-def read_manifest(path: Path) -> list[CropRecord]:
-    """Reads what `write_manifest` wrote."""
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+def _read_manifest(path: Path) -> list[CropRecord]:
+    with open(path, newline="", encoding="utf-8") as file:
         return [
             CropRecord(label=row.pop("class"), y=int(row.pop("y")), x=int(row.pop("x")), **row)
             for row in csv.DictReader(file)
