@@ -328,7 +328,7 @@ def _check_same_sources(crop_set: CropSet, root: Path) -> None:
         return sha256 is None or pixel_sha256(read_image(field.path, plane=plane)) == sha256
 
     same = parallel_map(is_same, fields, title="comparing images")
-    changed = [field.name for field, is_same in zip(fields, same, strict=True) if not is_same]
+    changed = [field.name for field, as_before in zip(fields, same, strict=True) if not as_before]
     gone = sorted(crop_set.sources.keys() - {field.name for field in fields})
     if changed or gone:
         raise Error(
