@@ -1,6 +1,7 @@
-"""Crops decoded once into memory-mapped arrays, keyed by the manifest they were made from."""
+"""Crops decoded once into memory-mapped arrays, every pixel checked against the manifest."""
 
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -8,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcells.data.crop_set import CropSet
+from jaxcells.data.crop_set import CropRecord, CropSet, pixel_sha256, read_crop
 from jaxcells.data.fields import SPLITS
-from jaxcells.data.images import read_image
-from jaxcells.data.manifest import CropRecord, pixel_sha256
 from jaxcells.data.parallel import parallel_map
-from jaxcells.files import Error
+
+logger = logging.getLogger("jaxcells")
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitArrays:
-    """One side of a crop set.
+    """One split of a crop set.
 
     Attributes:
       images: [N, H, W, C], memory-mapped, in the crops' own dtype.
@@ -44,26 +44,28 @@ def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]
       directory: where the arrays are or will be.
 
     Returns:
-      The arrays of "train", "val" and "test", every pixel checked against the manifest.
+      The arrays of "train", "val" and "test". Each crop's pixels were compared with the manifest:
+      those of the arrays, or where these had to be made, those of the file that went into them.
 
     Raises:
-      Error: a crop cannot be read, or its pixels are not those of the manifest.
+      Error: arrays have to be made, and the pixels of a crop are not those of the manifest.
     """
-    arrays = _open(crop_set, directory)
-    if arrays is None:
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for side in SPLITS:
-            _write_images(crop_set, side, partial / f"{side}.npy")
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-        arrays = _open(crop_set, directory)
-        if arrays is None:
-            raise Error(
-                f"{directory}: what was written does not read back the same; see to the disk"
-            )
-    return arrays
+    if directory.exists():
+        try:
+            arrays = _open(crop_set, directory)
+        except (OSError, ValueError, EOFError):  # missing or not whole
+            arrays = {}
+        if arrays and all(map(_are_those_of_manifest, arrays.values())):
+            return arrays
+        logger.warning("%s: not the pixels of the manifest; decoding the crops again", directory)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for split in SPLITS:
+        _write_images(crop_set, split, partial / f"{split}.npy")
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+    return _open(crop_set, directory)
 
 
 def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
@@ -80,46 +82,28 @@ def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memm
     return array
 
 
-def _open(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays] | None:
-    """Returns the arrays, or None if any pixel is not that of the manifest."""
-    number = {name: label for label, name in enumerate(crop_set.class_names)}
+def _open(crop_set: CropSet, directory: Path) -> dict[str, SplitArrays]:
     arrays = {}
-    for side in SPLITS:
-        records = crop_set.split(side)
-        try:
-            images = np.load(directory / f"{side}.npy", mmap_mode="r")
-        except (OSError, ValueError, EOFError):
-            return None
-
-        def differs(row: int, images: np.ndarray = images, records: list = records) -> bool:
-            return pixel_sha256(images[row]) != records[row].sha256
-
-        if len(images) != len(records) or any(
-            parallel_map(differs, range(len(records)), title=f"checking {side}")
-        ):
-            return None
-        arrays[side] = SplitArrays(
-            images=images,
-            labels=np.array([number[record.label] for record in records], np.int32),
-            records=tuple(records),
-        )
+    for split in SPLITS:
+        records = tuple(crop_set.split(split))
+        labels = np.array([crop_set.class_names.index(r.label) for r in records], np.int32)
+        images = np.load(directory / f"{split}.npy", mmap_mode="r")
+        arrays[split] = SplitArrays(images, labels, records)
     return arrays
 
 
-def _write_images(crop_set: CropSet, side: str, path: Path) -> None:
-    records = crop_set.split(side)
-    first = read_image(crop_set.directory / crop_set.records[0].crop)
+def _are_those_of_manifest(arrays: SplitArrays) -> bool:
+    hashes = parallel_map(pixel_sha256, arrays.images, title="verifying arrays")
+    return hashes == [record.sha256 for record in arrays.records]
+
+
+def _write_images(crop_set: CropSet, split: str, path: Path) -> None:
+    records = crop_set.split(split)
+    first = read_crop(crop_set.directory, crop_set.records[0])
     images = create_array(path, (len(records), *first.shape), first.dtype)
 
-    def decode(number: int) -> None:
-        record = records[number]
-        pixels = read_image(crop_set.directory / record.crop)
-        if pixel_sha256(pixels) != record.sha256:
-            raise Error(
-                f"{crop_set.directory / record.crop}: the pixels are not those of manifest.csv; "
-                f"choose another --workdir, or delete {crop_set.directory} to draw again"
-            )
-        images[number] = pixels
+    def decode(row: int) -> None:
+        images[row] = read_crop(crop_set.directory, records[row])
 
-    parallel_map(decode, range(len(records)), title=f"decoding {side}")
+    parallel_map(decode, range(len(records)), title=f"decoding {split}")
     images.flush()

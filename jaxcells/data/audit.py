@@ -2,20 +2,23 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from jaxcells.data.arrays import SplitArrays
-from jaxcells.data.crop_set import CropSet
+from jaxcells.data.crop_set import CropRecord, CropSet
 from jaxcells.data.fields import SPLITS
-from jaxcells.data.manifest import CropRecord
+from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
+from jaxcells.text import shortened, text_table
 
-FEW_FIELDS = 5
+Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
+
+_FEW_FIELDS = 5
 _NEAR_CONSTANT = 0.005
 _IMBALANCE = 2.0
+_DIFFERENT = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +28,14 @@ class Audit:
     Attributes:
       errors: findings that make test figures worthless; training refuses.
       warnings: findings that a reader of the figures must know.
-      counts: {side: {class: {"crops": n, "fields": n}}}, fields being independent groups.
-      shared_pixels: {side: fraction of its pixels that training crops show too}, for val and test.
+      counts: {split: {class: {"crops": n, "fields": n}}}, fields being independent groups.
+      shared_pixels: {split: fraction of its pixels that training crops show too}, for val and test.
     """
 
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
-    counts: Mapping[str, Mapping[str, Mapping[str, int]]]
+    counts: Counts
     shared_pixels: Mapping[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serialisable form."""
-        return dataclasses.asdict(self)
 
     def raise_errors(self) -> None:
         """Raises an Error that lists the findings which forbid training, if there are any."""
@@ -45,121 +44,105 @@ class Audit:
 
 
 def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
-    """Looks for leaks between the sides, and for shortcuts between the classes.
+    """Looks for leaks between the splits, and for shortcuts between the classes.
 
     Args:
       crop_set: the crops with their manifest.
       arrays: their pixels.
     """
     records = crop_set.records
-    # The study's plain random split shares fields: there that is what was asked for.
-    split_crops = crop_set.settings["data.split_by"] == "crop" and not crop_set.came_split
-    flat = {
-        record.crop
-        for split in arrays.values()
-        for record, is_flat in zip(split.records, _near_constant(split.images), strict=True)
-        if is_flat
-    }
-    shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
     counts = _counts(records, crop_set.class_names)
-    errors = _empty_sides(counts)
-    warnings: list[str] = []
+    shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
+    flat = {record.crop for split in arrays.values() for record in _near_constant(split)}
+    warnings = []
+    errors = [
+        f"class {name!r} has no crops in {split}"
+        for split in SPLITS
+        for name, count in counts[split].items()
+        if not count["crops"]
+    ]
 
-    shares_fields = split_crops and _clashes(records, lambda r: r.source, lambda r: r.split)
-    if shares_fields:
-        warnings.append(
-            f"split_by=crop: {len(shares_fields)} images give crops to two or more sides; training "
-            f"crops show {shared_pixels['val']:.1%} of the validation pixels and "
-            f"{shared_pixels['test']:.1%} of the test pixels: the figures overstate how well new "
-            "images are told apart"
-        )
-    elif not split_crops:
-        for what, key in (("images", lambda r: r.source), ("groups", lambda r: r.group)):
-            clashes = _clashes(records, key, lambda r: r.split)
-            if clashes:
-                errors.append(
-                    f"{len(clashes)} {what} on two sides of the split, such as {key(clashes[0][0])}"
-                )
+    # The study's plain random split shares fields: there that is what was asked for.
+    split_crops = crop_set.settings.split_by == "crop" and not crop_set.came_split
+    for what, attribute in (("images", "source"), ("groups", "group")):
+        names = [getattr(record, attribute) for record in records]
+        shared = _clashes(records, names, "split")
+        if shared and not split_crops:
+            example = getattr(shared[0][0], attribute)
+            errors.append(f"{len(shared)} {what} in two splits, such as {example}")
+        elif shared and what == "images":
+            warnings.append(
+                f"data.split_by=crop: {len(shared)} images give crops to two or more splits; "
+                f"training crops show {shared_pixels['val']:.1%} of the validation pixels and "
+                f"{shared_pixels['test']:.1%} of the test pixels: the figures overstate how well "
+                "new images are told apart"
+            )
     # Copies under other names are known by their pixels: whole images first, then crops.
     distinctive = [record for record in records if record.crop not in flat]
-    image_sha256 = {name: source["sha256"] for name, source in crop_set.sources.items()}
-    for what, value in (("sides of the split", lambda r: r.split), ("classes", lambda r: r.label)):
-        copies = _clashes(distinctive, lambda r: image_sha256[r.source], value)
-        copies = [(a, b) for a, b in copies if a.source != b.source]
-        crops = _clashes(distinctive, lambda r: r.sha256, value)
-        if copies and not (split_crops and "split" in what):
-            first, second = copies[0]
+    images = [crop_set.sources[record.source]["sha256"] for record in distinctive]
+    crops = [record.sha256 for record in distinctive]
+    for what, attribute in (("splits", "split"), ("classes", "label")):
+        clashes = _clashes(distinctive, images, attribute)
+        copies = [(a.source, b.source) for a, b in clashes if a.source != b.source]
+        same_crops = [(a.crop, b.crop) for a, b in _clashes(distinctive, crops, attribute)]
+        if copies and not (split_crops and what == "splits"):
             errors.append(
-                f"{len(copies)} images are there twice, under two names on two {what}, such as "
-                f"{first.source} and {second.source}; remove one of each pair"
+                f"{len(copies)} images are there twice, under two names in two {what}, such as "
+                f"{' and '.join(copies[0])}; remove one of each pair"
             )
-        elif crops:
-            first, second = crops[0]
-            errors.append(
-                f"{len(crops)} crops are identical on two {what}, such as {first.crop} and "
-                f"{second.crop}"
-            )
+        elif same_crops:
+            example = " and ".join(same_crops[0])
+            errors.append(f"{len(same_crops)} crops are identical in two {what}, such as {example}")
 
-    warnings += _few_fields(counts) + _imbalance(counts["train"])
     if flat:
         warnings.append(
             f"{len(flat)} of {len(records)} crops are nearly constant, such as {min(flat)}; "
-            "--config.data.min_foreground=0.1 redraws empty crops"
+            "data.min_foreground=0.1 redraws empty crops"
         )
-    warnings += _kinds(crop_set.field_kinds)
+    warnings += [*_few_fields(counts), *_imbalance(counts["train"])]
+    warnings += _shortcuts(crop_set.field_kinds)
     return Audit(tuple(errors), tuple(warnings), counts, shared_pixels)
 
 
 def describe_audit(audit: Audit, class_names: Sequence[str]) -> str:
     """Returns the audit as lines for the terminal: a table of counts, then the findings."""
-    width = max(len(name[:40]) for name in (*class_names, "class"))
-    lines = [f"{'class':{width}}" + "".join(f"  {side:>16}" for side in SPLITS)]
+    rows = []
     for name in class_names:
-        cells = (audit.counts[side][name] for side in SPLITS)
-        lines.append(
-            f"{name[:40]:{width}}" + "".join(f"  {c['crops']:>7} / {c['fields']:<6}" for c in cells)
-        )
-    lines.append(f"{'':{width}}  (crops / independent fields)")
+        cells = [audit.counts[split][name] for split in SPLITS]
+        rows.append([shortened(name, 40), *(f"{c['crops']} / {c['fields']}" for c in cells)])
+    lines = [text_table(["class", *SPLITS], rows), "(crops / independent fields)"]
     lines += [f"ERROR: {text}" for text in audit.errors]
     lines += [f"warning: {text}" for text in audit.warnings]
-    if not audit.errors:
-        lines.append(
-            "audit passed: nothing stands on two sides of the split"
-            if not any(audit.shared_pixels.values())
-            else "audit passed with shared pixels, as data.split_by=crop asks for"
-        )
+    if not audit.errors and any(audit.shared_pixels.values()):
+        lines.append("audit passed with shared pixels, as data.split_by=crop asks for")
+    elif not audit.errors:
+        lines.append("audit passed: nothing stands in two splits")
     return "\n".join(lines)
 
 
 def _clashes(
-    records: Iterable[CropRecord],
-    key: Callable[[CropRecord], str | None],
-    value: Callable[[CropRecord], str],
+    records: Sequence[CropRecord], keys: Sequence[str | None], attribute: str
 ) -> list[tuple[CropRecord, CropRecord]]:
-    """Returns two records with different values for every key that has such."""
+    """Returns, for every key that has such, two records in which the attribute differs."""
     first: dict[str | None, CropRecord] = {}
     clashes: dict[str | None, tuple[CropRecord, CropRecord]] = {}
-    for record in records:
-        other = first.setdefault(key(record), record)
-        if value(other) != value(record):
-            clashes.setdefault(key(record), (other, record))
+    for record, key in zip(records, keys, strict=True):
+        other = first.setdefault(key, record)
+        if getattr(other, attribute) != getattr(record, attribute):
+            clashes.setdefault(key, (other, record))
     return list(clashes.values())
 
 
-def _empty_sides(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
-    return [
-        f"class {name!r} has no crops in {side}"
-        for side, of_side in counts.items()
-        for name, count in of_side.items()
-        if not count["crops"]
-    ]
+def _near_constant(split: SplitArrays) -> list[CropRecord]:
+    """Returns the crops of which all channels' deviations are under 0.5 % of the split's range."""
 
+    def deviation(image: np.ndarray) -> float:
+        # With channels first, ten times as fast.
+        return float(image.T.astype(np.float32, order="C").std(axis=(1, 2)).max())
 
-def _near_constant(images: np.ndarray) -> np.ndarray:
-    """Returns for each crop whether all channels' deviations are under 0.5 % of the set's range."""
-    deviation = np.array([image.std(axis=(0, 1), dtype=np.float64).max() for image in images])
-    span = max(float(image.max()) for image in images) - min(float(i.min()) for i in images)
-    return deviation <= _NEAR_CONSTANT * span
+    deviations = np.array(parallel_map(deviation, split.images, title="auditing"))
+    flat = deviations <= _NEAR_CONSTANT * float(np.ptp(split.images))
+    return [record for record, is_flat in zip(split.records, flat, strict=True) if is_flat]
 
 
 def _shared_pixels(records: Sequence[CropRecord], shape: tuple[int, ...]) -> dict[str, float]:
@@ -168,82 +151,59 @@ def _shared_pixels(records: Sequence[CropRecord], shape: tuple[int, ...]) -> dic
     by_source = collections.defaultdict(list)
     for record in records:
         by_source[record.source].append(record)
-    shared, total = collections.Counter[str](), collections.Counter[str]()
+    shared = collections.Counter[str]()
     for of_source in by_source.values():
-        for record in of_source:
-            total[record.split] += height * width
         if len({record.split for record in of_source}) == 1:
             continue
-        rows = max(record.y for record in of_source) + height
-        columns = max(record.x for record in of_source) + width
-        trained = np.zeros((rows, columns), bool)
-        for record in of_source:
-            if record.split == "train":
-                trained[record.y : record.y + height, record.x : record.x + width] = True
-        for record in of_source:
+        rows, columns = (max(r.y for r in of_source), max(r.x for r in of_source))
+        trained = np.zeros((rows + height, columns + width), bool)
+        for record in of_source:  # those for training come first
             window = trained[record.y : record.y + height, record.x : record.x + width]
+            if record.split == "train":
+                window[:] = True
             shared[record.split] += int(window.sum())
-    return {side: shared[side] / total[side] for side in ("val", "test")}
+    num_crops = collections.Counter(record.split for record in records)
+    return {name: shared[name] / (num_crops[name] * height * width) for name in ("val", "test")}
 
 
-def _counts(
-    records: Sequence[CropRecord], class_names: Sequence[str]
-) -> dict[str, dict[str, dict[str, int]]]:
-    crops = collections.Counter((r.split, r.label) for r in records)
-    groups = {(r.split, r.label, r.group) for r in records}
-    fields = collections.Counter((split, label) for split, label, _ in groups)
-    return {
-        side: {
-            name: {"crops": crops[side, name], "fields": fields[side, name]} for name in class_names
-        }
-        for side in SPLITS
-    }
+def _counts(records: Sequence[CropRecord], class_names: Sequence[str]) -> Counts:
+    def count(split: str, name: str) -> dict[str, int]:
+        groups = [r.group for r in records if (r.split, r.label) == (split, name)]
+        return {"crops": len(groups), "fields": len(set(groups))}
+
+    return {split: {name: count(split, name) for name in class_names} for split in SPLITS}
 
 
-def _few_fields(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
-    found = []
-    for side in ("val", "test"):
-        few = {n: c["fields"] for n, c in counts[side].items() if c["fields"] < FEW_FIELDS}
+def _few_fields(counts: Counts) -> Iterator[str]:
+    for split in ("val", "test"):
+        few = [f"{n} {c['fields']}" for n, c in counts[split].items() if c["fields"] < _FEW_FIELDS]
         if few:
-            listed = ", ".join(f"{name} {number}" for name, number in few.items())
-            found.append(
-                f"few independent fields in {side} ({listed}): crops of one field are alike, so "
-                "its intervals are wide or cannot be trusted"
+            yield (
+                f"few independent fields in {split} ({', '.join(few)}): crops of one field are "
+                "alike, so its intervals are wide or cannot be trusted"
             )
-    return found
 
 
-def _imbalance(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    crops = {name: c["crops"] for name, c in counts.items()}
+def _imbalance(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    crops = {name: count["crops"] for name, count in counts.items()}
     most, least = max(crops, key=crops.__getitem__), min(crops, key=crops.__getitem__)
-    if crops[most] <= _IMBALANCE * crops[least]:
-        return []
-    return [
-        f"classes are unequal: {most} has {crops[most]} training crops, {least} {crops[least]}; "
-        "read balanced accuracy, and consider --config.optim.class_weights=balanced"
-    ]
+    if crops[most] > _IMBALANCE * crops[least]:
+        yield (
+            f"classes are unequal: {most} has {crops[most]} training crops, {least} "
+            f"{crops[least]}; read balanced accuracy, and consider optim.class_weights=balanced"
+        )
 
 
-def _kinds(field_kinds: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+def _shortcuts(field_kinds: Counts) -> Iterator[str]:
     """Warns where classes differ in something that has nothing to do with cells."""
-    found = []
     for kind in next(iter(field_kinds.values())):
-        shares = {
-            label: {v: n / sum(kinds[kind].values()) for v, n in kinds[kind].items()}
-            for label, kinds in field_kinds.items()
-        }
-        values = {value for share in shares.values() for value in share}
-        spread = {
-            value: max(s.get(value, 0) for s in shares.values())
-            - min(s.get(value, 0) for s in shares.values())
-            for value in values
-        }
-        if max(spread.values()) > 0.25:
-            listed = "; ".join(
-                f"{label}: {', '.join(kinds[kind])}" for label, kinds in field_kinds.items()
-            )
-            found.append(
+        counts = {label: kinds[kind] for label, kinds in field_kinds.items()}
+        values = sorted(set().union(*counts.values()))
+        table = np.array([[count.get(value, 0) for value in values] for count in counts.values()])
+        shares = table / table.sum(axis=1, keepdims=True)  # [class, value]
+        if np.ptp(shares, axis=0).max() > _DIFFERENT:
+            listed = "; ".join(f"{label}: {', '.join(sorted(c))}" for label, c in counts.items())
+            yield (
                 f"classes differ in {kind} ({listed}): a shortcut by which a network can tell them "
                 "apart without looking at cells"
             )
-    return found

@@ -1,19 +1,64 @@
 """A crop set on disk: `crops/{train,val,test}/<class>/`, manifest.csv and crop_set.json.
 
-What is opened is checked: files, manifest and pixels must be those that were written.
+It is written once, in `crops.partial` beside it: the rename at the end is what makes it a crop set,
+so that an interrupted run leaves nothing that could pass for one. What is opened later is checked:
+the files must be those of the manifest, the manifest the one that was written, and the pixels of a
+crop that is read those that the manifest has the hash of.
 """
 
+import collections
+import csv
 import dataclasses
-import json
-from collections.abc import Mapping
+import hashlib
+import logging
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcells.data.fields import SPLITS, is_hidden
-from jaxcells.data.images import read_image
-from jaxcells.data.manifest import CropRecord, pixel_sha256, read_manifest
+import numpy as np
+
+from jaxcells.data.crops import Crop, CropSettings, draw_crops
+from jaxcells.data.fields import SPLITS, Field, find_fields, image_notes, is_hidden, usable_fields
+from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.parallel import parallel_map
-from jaxcells.files import Error, file_sha256
+from jaxcells.data.splits import with_groups
+from jaxcells.files import Error, file_sha256, from_record, read_json, write_csv, write_json
+from jaxcells.text import some
+
+logger = logging.getLogger("jaxcells")
+
+_AGAIN = "choose another workdir, or delete that folder to draw again"
+_COLUMNS = ("crop", "class", "channel", "source", "group", "y", "x", "split", "sha256")
+
+
+@dataclasses.dataclass(frozen=True)
+class CropRecord:
+    """A line of manifest.csv.
+
+    Attributes:
+      crop: path of the crop below `crops/`, with forward slashes.
+      label: name of its class (column "class").
+      channel: channel of the device, "" where the class is one channel.
+      source: path of the field below the image folder.
+      group: what must not stand in two splits.
+      y: row of the crop's upper left pixel in the field.
+      x: column of the crop's upper left pixel in the field.
+      split: "train", "val" or "test".
+      sha256: hash of the pixels, see `pixel_sha256`.
+    """
+
+    crop: str
+    label: str
+    channel: str
+    source: str
+    group: str
+    y: int
+    x: int
+    split: str
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +70,7 @@ class CropSet:
       records: the lines of manifest.csv.
       class_names: sorted; the position is the label.
       manifest_sha256: the identity of the set.
-      settings: what the set was drawn with, by config key.
+      settings: what the set was drawn with.
       root: the image folder, absolute.
       sources: for every image below the root: {"bytes": its size, "sha256": hash of its pixels, or
         None for an image that gave no crop}.
@@ -38,79 +83,255 @@ class CropSet:
     records: tuple[CropRecord, ...]
     class_names: tuple[str, ...]
     manifest_sha256: str
-    settings: Mapping[str, Any]
+    settings: CropSettings
     root: str
     sources: Mapping[str, Mapping[str, Any]]
     came_split: bool
     field_kinds: Mapping[str, Mapping[str, Mapping[str, int]]]
     notes: tuple[str, ...]
 
-    def split(self, side: str) -> list[CropRecord]:
-        """Returns the records of one side, in the order of the manifest."""
-        return [record for record in self.records if record.split == side]
+    def split(self, name: str) -> list[CropRecord]:
+        """Returns the records of one split, in the order of the manifest."""
+        return [record for record in self.records if record.split == name]
+
+
+def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) -> CropSet:
+    """Draws and writes the crops of `root`, or reuses those that are there.
+
+    Images that have the size of a crop already are used whole, and then all of them; the split is
+    the ratio in which they are divided. What is reused has the files of its manifest; its pixels
+    are verified by those who read them.
+
+    Args:
+      directory: where the crop set is or will be.
+      root: the image folder, see `find_fields`.
+      settings: how many crops of what size, and how they are split.
+
+    Raises:
+      Error: anything wrong with the folder or the settings, or a set that does not match them.
+    """
+    root = Path(root).expanduser()
+    if directory.exists():
+        crop_set = open_crop_set(directory)
+        _check_same_settings(crop_set, settings)
+        _check_same_sources(crop_set, root)
+        logger.info("reusing %d crops in %s", len(crop_set.records), directory)
+        return crop_set
+
+    fields = find_fields(root, plane=settings.plane, exclude=settings.exclude)
+    size = settings.crop_size
+    if all((field.info.height, field.info.width) == (size, size) for field in fields):
+        size = 0
+    used, notes = usable_fields(fields, size or None, settings.border)
+    used = with_groups(used, settings.split_by)
+    notes += _notes(used, settings.split_by, whole=not size)
+    for note in notes:
+        logger.info("note: %s", note)
+    per_class = collections.Counter(field.label for field in used)
+    listed = ", ".join(f"{label} {number}" for label, number in sorted(per_class.items()))
+    logger.info("found %d images: %s", len(used), listed)
+
+    start = time.monotonic()
+    crops = draw_crops(used, dataclasses.replace(settings, crop_size=size))
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    records, hashes = _write_crops(partial, crops, size, settings.plane)
+    write_csv(partial / "manifest.csv", _COLUMNS, map(dataclasses.astuple, records))
+    description = {
+        "class_names": sorted(per_class),
+        "manifest_sha256": file_sha256(partial / "manifest.csv"),
+        "settings": dataclasses.asdict(settings),
+        "root": str(root.resolve()),
+        "sources": {
+            field.name: {"bytes": field.path.stat().st_size, "sha256": hashes.get(field.name)}
+            for field in fields
+        },
+        "came_split": any(field.split for field in fields),
+        "field_kinds": _field_kinds(used),
+        "notes": notes,
+    }
+    write_json(partial / "crop_set.json", description)
+    partial.rename(directory)
+    rate = len(records) / (time.monotonic() - start)
+    logger.info("wrote %d crops to %s (%.0f crops/s)", len(records), directory, rate)
+    return open_crop_set(directory)
 
 
 def open_crop_set(directory: Path) -> CropSet:
-    """Opens a crop set and checks that its files are those of its manifest.
+    """Opens a crop set and checks that its files are those of its manifest; reads no pixels.
 
     Raises:
-      Error: not a crop set, a changed manifest, or files missing or added.
+      Error: not a crop set, one of another version, a changed manifest, or files missing or added.
     """
-    again = "choose another --workdir, or delete that folder to draw again"
-    path = directory / "crop_set.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        crop_set = CropSet(
-            directory=directory,
-            records=tuple(read_manifest(directory / "manifest.csv")),
-            class_names=tuple(description["class_names"]),
-            manifest_sha256=file_sha256(directory / "manifest.csv"),
-            settings=description["settings"],
-            root=description["root"],
-            sources=description["sources"],
-            came_split=description["came_split"],
-            field_kinds=description["field_kinds"],
-            notes=tuple(description["notes"]),
-        )
-        expected = description["manifest_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Error(
-            f"{directory}: not a crop set, or a damaged one ({path.name}: {error}); {again}"
-        ) from error
-    if crop_set.manifest_sha256 != expected:
-        raise Error(f"{directory}: manifest.csv was changed after it was written; {again}")
+    path, manifest = directory / "crop_set.json", directory / "manifest.csv"
+    if not (path.is_file() and manifest.is_file()):
+        raise Error(f"{directory}: not a crop set, or a damaged one; {_AGAIN}")
+    values = read_json(path)
+    if file_sha256(manifest) != values.get("manifest_sha256"):
+        raise Error(f"{directory}: manifest.csv is not the one that was written there; {_AGAIN}")
+    found = {"directory": directory, "records": tuple(_read_manifest(manifest))}
+    crop_set = from_record(CropSet, values | found, path)
     listed = {record.crop for record in crop_set.records}
     present = {
         file.relative_to(directory).as_posix()
-        for side in SPLITS
-        for file in (directory / side).rglob("*")
+        for split in SPLITS
+        for file in (directory / split).rglob("*")
         if file.is_file() and not is_hidden(file)
     }
     if listed != present:
-        missing, added = sorted(listed - present), sorted(present - listed)
-        what = [f"{len(missing)} missing, such as {missing[0]}"] if missing else []
-        what += [f"{len(added)} not in the manifest, such as {added[0]}"] if added else []
         raise Error(
-            f"{directory}: the files are not those of manifest.csv: {'; '.join(what)}; {again}"
+            f"{directory}: not the files of manifest.csv ({len(listed - present)} missing, "
+            f"{len(present - listed)} added: {some(sorted(listed ^ present), 3)}); {_AGAIN}"
         )
     return crop_set
+
+
+def read_crop(directory: Path, record: CropRecord) -> np.ndarray:
+    """Reads a crop, [H, W, C] in its own dtype, and checks its pixels against the manifest.
+
+    Raises:
+      Error: they differ, or the file cannot be read.
+    """
+    pixels = read_image(directory / record.crop)
+    if pixel_sha256(pixels) != record.sha256:
+        raise Error(f"{directory}: the pixels of {record.crop} differ from manifest.csv; {_AGAIN}")
+    return pixels
 
 
 def verify_pixels(crop_set: CropSet) -> None:
     """Decodes every crop and compares its pixels with the manifest.
 
     Raises:
-      Error: naming the first crop that differs and how many do.
+      Error: naming the first crop that differs.
     """
 
-    def matches(record: CropRecord) -> bool:
-        return pixel_sha256(read_image(crop_set.directory / record.crop)) == record.sha256
+    def verify(record: CropRecord) -> None:
+        read_crop(crop_set.directory, record)
 
-    good = parallel_map(matches, crop_set.records, title="verifying crops")
-    changed = [r.crop for r, ok in zip(crop_set.records, good, strict=True) if not ok]
-    if changed:
+    parallel_map(verify, crop_set.records, title="verifying crops")
+
+
+def pixel_sha256(image: np.ndarray) -> str:
+    """Returns the SHA-256 of an image's dtype, shape and little-endian pixels, in hexadecimal."""
+    little = np.ascontiguousarray(image, image.dtype.newbyteorder("<"))
+    digest = hashlib.sha256(f"{image.dtype.name}{image.shape}".encode())
+    digest.update(little.data)
+    return digest.hexdigest()
+
+
+def _read_manifest(path: Path) -> list[CropRecord]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            CropRecord(label=row.pop("class"), y=int(row.pop("y")), x=int(row.pop("x")), **row)
+            for row in csv.DictReader(file)
+        ]
+
+
+def _write_crops(
+    directory: Path, crops: Sequence[Crop], size: int, plane: str
+) -> tuple[list[CropRecord], dict[str, str]]:
+    """Cuts crops out of their fields and writes them; each core holds one field at a time.
+
+    Returns:
+      The lines of the manifest, and the hash of every field's pixels by its name.
+    """
+    by_field: dict[str, list[Crop]] = collections.defaultdict(list)
+    for crop in crops:
+        by_field[crop.field.name].append(crop)
+    records: list[CropRecord] = []
+    hashes: dict[str, str] = {}
+
+    def write_field(of_field: list[Crop]) -> None:
+        field, info = of_field[0].field, of_field[0].field.info
+        image = read_image(field.path, plane=plane)
+        if (*image.shape, image.dtype) != (info.height, info.width, info.channels, info.dtype):
+            raise Error(f"{field.path}: damaged, or changed since its header was read; try again")
+        hashes[field.name] = pixel_sha256(image)
+        for crop in of_field:
+            y, x, split = crop.y, crop.x, crop.split
+            pixels = image[y : y + size, x : x + size] if size else image
+            folder = directory / split / field.label
+            folder.mkdir(parents=True, exist_ok=True)
+            path = write_crop(folder / _crop_name(crop), pixels).relative_to(directory).as_posix()
+            origin = (field.label, field.channel, field.name, field.group, y, x)
+            records.append(CropRecord(path, *origin, split, pixel_sha256(pixels)))
+
+    parallel_map(write_field, list(by_field.values()), title="writing crops")
+    records.sort(key=lambda r: (SPLITS.index(r.split), r.label, r.source, r.y, r.x))
+    return records, hashes
+
+
+def _crop_name(crop: Crop) -> str:
+    """Names a crop after its field and place; a hash keeps apart what a legible name cannot."""
+    legible = "-".join(filter(None, [crop.field.channel, crop.field.path.stem]))
+    legible = re.sub(r"[^\w.-]+", "_", legible).strip("-._")[:40]
+    digest = hashlib.sha256(crop.field.name.encode()).hexdigest()[:8]
+    return f"{legible}_{digest}_y{crop.y:05d}_x{crop.x:05d}"
+
+
+def _notes(fields: Sequence[Field], split_by: str, *, whole: bool) -> list[str]:
+    notes, groups = image_notes(fields), sorted({field.group for field in fields})
+    if whole:
+        notes.append(
+            "images are used whole, as crops that were made elsewhere; those cut from one image "
+            "need a group in common (data.split_by), or test and training share images"
+        )
+    if split_by not in ("field", "crop"):
+        number = f"{len(groups)} groups in {len(fields)} images"
+        notes.append(f"data.split_by={split_by}: {number}, such as {some(groups, 3)}")
+    return notes
+
+
+def _field_kinds(fields: Sequence[Field]) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
+    """Counts by class what a network could tell classes apart by, without looking at a cell."""
+    kinds = {}
+    for label in sorted({field.label for field in fields}):
+        of_class = [field for field in fields if field.label == label]
+        kinds[label] = {
+            "image size": collections.Counter(f"{f.info.height}x{f.info.width}" for f in of_class),
+            "colour channels": collections.Counter(str(f.info.channels) for f in of_class),
+            "pixel type": collections.Counter(f.info.dtype for f in of_class),
+            "file type": collections.Counter(f.path.suffix.lower() for f in of_class),
+        }
+    return kinds
+
+
+def _check_same_settings(crop_set: CropSet, settings: CropSettings) -> None:
+    before, now = dataclasses.asdict(crop_set.settings), dataclasses.asdict(settings)
+    differences = [
+        f"{'' if name == 'seed' else 'data.'}{name} was {before[name]!r}, now {now[name]!r}"
+        for name in now
+        if now[name] != before[name]
+    ]
+    if differences:
+        listed = "; ".join(differences)
+        raise Error(f"{crop_set.directory} was drawn with other settings: {listed}; {_AGAIN}")
+
+
+def _check_same_sources(crop_set: CropSet, root: Path) -> None:
+    """Refuses a crop set whose images are not those below the root any more.
+
+    The same folder may be away meanwhile. Another folder, perhaps the same one moved, is compared
+    by its pixels.
+    """
+    moved, plane = str(root.resolve()) != crop_set.root, crop_set.settings.plane
+    if not moved and not root.is_dir():
+        logger.info("%s is not there; going on with the crops drawn from it", root)
+        return
+    fields = find_fields(root, plane=plane, exclude=crop_set.settings.exclude)
+
+    def is_same(field: Field) -> bool:
+        source = crop_set.sources.get(field.name)
+        if source is None or source["bytes"] != field.path.stat().st_size:
+            return False
+        sha256 = source["sha256"] if moved else None
+        return sha256 is None or pixel_sha256(read_image(field.path, plane=plane)) == sha256
+
+    same = parallel_map(is_same, fields, title="comparing images")
+    changed = [field.name for field, as_before in zip(fields, same, strict=True) if not as_before]
+    gone = sorted(crop_set.sources.keys() - {field.name for field in fields})
+    if changed or gone:
         raise Error(
-            f"{crop_set.directory / changed[0]}: the pixels are not those of manifest.csv "
-            f"({len(changed)} of {len(good)} crops were changed); choose another --workdir, or "
-            f"delete {crop_set.directory} to draw again"
+            f"{root}: not the images that {crop_set.directory} was drawn from ({len(changed)} new "
+            f"or changed, {len(gone)} gone: {some(changed + gone, 3)}); {_AGAIN}"
         )

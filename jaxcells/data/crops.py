@@ -1,7 +1,8 @@
-"""Draws random crops from fields: which field, where, and on which side of the split."""
+"""Draws random crops from fields: which field, where, and for which split."""
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,39 @@ from jaxcells.data.rng import named_generator
 from jaxcells.data.splits import allot
 from jaxcells.files import Error
 
-Border = tuple[int, int, int, int]
+
+@dataclasses.dataclass(frozen=True)
+class CropSettings:
+    """What crops follow from, beside the images; but for the seed, keys of the config below `data`.
+
+    Attributes:
+      seed: of the positions and the split.
+      crop_size: side of a crop in pixels; 0: every image is one crop.
+      crops_per_class: how many crops a class gives; the sum of `split`.
+      split: exact number of crops per class in (train, val, test), each 1 or more; where images are
+        used whole, their ratio.
+      split_by: "field", "channel", "crop" or a regular expression, see `with_groups`. "crop" draws
+        first and splits the crops at random, as the reference study did.
+      border: pixels left out at the (top, right, bottom, left), such as a burnt-in scale bar.
+      min_foreground: crops with a smaller fraction of foreground are redrawn, see `foreground`.
+      plane: which plane of a stack to read, see `read_image`.
+      exclude: regular expression of images to leave out, see `find_fields`.
+    """
+
+    seed: int
+    crop_size: int
+    crops_per_class: int
+    split: tuple[int, int, int]
+    split_by: str = "field"
+    border: tuple[int, int, int, int] = (0, 0, 0, 0)
+    min_foreground: float = 0.0
+    plane: str = ""
+    exclude: str = ""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Crops per class for each split, by name."""
+        return dict(zip(SPLITS, self.split, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,82 +67,49 @@ class Crop:
     split: str
 
 
-def draw_crops(
-    fields: Sequence[Field],
-    counts: Mapping[str, int],
-    size: int | None,
-    *,
-    seed: int,
-    split_by: str = "field",
-    border: Border = (0, 0, 0, 0),
-    min_foreground: float = 0.0,
-    plane: str = "",
-) -> list[Crop]:
+def draw_crops(fields: Sequence[Field], settings: CropSettings) -> list[Crop]:
     """Draws crops at random through the channels of every class.
 
-    On each side of the split every channel of a class gives an equal share (to within one crop),
-    and every field within a channel likewise. Positions are uniform over a field and distinct. The
-    positions in a field follow from (seed, class, field name) alone: neither the order of listing
-    nor other classes change them, and a larger share begins with the same positions.
+    In each split every channel of a class gives an equal share (to within one crop), and every
+    field within a channel likewise. Positions are uniform over a field and distinct. The positions
+    in a field follow from (seed, class, field name) alone: neither the order of listing nor other
+    classes change them, and a larger share begins with the same positions.
 
     Args:
       fields: usable fields with groups set (`usable_fields`, `with_groups`).
-      counts: exact number of crops per class on each side; with `size=None`, their ratio.
-      size: side of a crop in pixels; None: every image is one crop.
-      seed: the run's seed.
-      split_by: policy of the split, see `allot`. "crop" draws first and splits the crops at random,
-        as the reference study did.
-      border: pixels left out at the (top, right, bottom, left), such as a burnt-in scale bar.
-      min_foreground: crops with a smaller fraction of foreground are redrawn, see `foreground`.
-      plane: which plane of a stack to read, see `read_image`.
-
-    Returns:
-      The crops, ordered by split, class and field name.
+      settings: how many crops of what size, and how they are split.
 
     Raises:
       Error: too few groups for the policy, too few distinct positions, or too little foreground.
     """
     fields = sorted(fields, key=lambda field: field.name)
-    came_split = all(field.split is not None for field in fields)
-    split_crops = split_by == "crop" and not came_split
+    split_of = _split_of_fields(fields, settings)
+    if not settings.crop_size:
+        return [Crop(field, 0, 0, split_of[field.name]) for field in fields]
+    shares = _shares(fields, split_of, settings)
 
-    side_of: dict[str, str] = {}
-    if came_split:
-        side_of = {field.name: field.split or "" for field in fields}
-    elif not split_crops or size is None:
-        # Used whole, an image is a crop: to split crops is to split images.
-        side_of_group = allot(
-            fields,
-            counts,
-            split_by="field" if size is None and split_crops else split_by,
-            seed=seed,
-        )
-        side_of = {field.name: side_of_group[field.group] for field in fields}
+    def draw(field: Field) -> list[Crop]:
+        places = _positions(field, shares[field.name], settings)
+        return [Crop(field, y, x, split_of.get(field.name, "")) for y, x in places]
 
-    if size is None:
-        crops = [Crop(field, 0, 0, side_of[field.name]) for field in fields]
-    else:
-        shares = _shares(fields, side_of, counts, seed)
+    crops = [c for drawn in parallel_map(draw, fields, title="drawing crops") for c in drawn]
+    return crops if split_of else _split_at_random(crops, settings)
 
-        def draw(field: Field) -> list[tuple[int, int]]:
-            return _positions(field, shares[field.name], size, seed, border, min_foreground, plane)
 
-        if min_foreground > 0:
-            positions = parallel_map(draw, fields, title="looking for foreground")
-        else:
-            positions = [draw(field) for field in fields]
-        drawn = [(f, y, x) for f, places in zip(fields, positions, strict=True) for y, x in places]
-        if split_crops:
-            crops = _split_at_random(drawn, counts, seed)
-        else:
-            crops = [Crop(field, y, x, side_of[field.name]) for field, y, x in drawn]
-    return sorted(
-        crops, key=lambda c: (SPLITS.index(c.split), c.field.label, c.field.name, c.y, c.x)
-    )
+def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[str, str]:
+    """Returns the split of every field by name, or nothing where crops are split instead."""
+    if all(field.split for field in fields):  # the folder came split
+        return {field.name: field.split or "" for field in fields}
+    if settings.split_by == "crop" and settings.crop_size:
+        return {}
+    # Used whole, an image is a crop: to split crops is to split images.
+    split_by = "field" if settings.split_by == "crop" else settings.split_by
+    split_of = allot(fields, settings.counts, split_by=split_by, seed=settings.seed)
+    return {field.name: split_of[field.group] for field in fields}
 
 
 def _shares(
-    fields: Sequence[Field], side_of: Mapping[str, str], counts: Mapping[str, int], seed: int
+    fields: Sequence[Field], split_of: Mapping[str, str], settings: CropSettings
 ) -> dict[str, int]:
     """Returns how many crops each field gives: equal over channels, then over their fields.
 
@@ -117,27 +117,26 @@ def _shares(
     shuffled by the seed.
     """
     shares: dict[str, int] = {}
+    quotas = settings.counts if split_of else {"": sum(settings.split)}
     for label in sorted({field.label for field in fields}):
         of_class = [field for field in fields if field.label == label]
-        shuffled = named_generator(seed, "shares", label).permutation(len(of_class))
-        rank = {of_class[i].name: n for n, i in enumerate(shuffled)}
+        order = named_generator(settings.seed, "shares", label).permutation(len(of_class))
         given: collections.Counter[str] = collections.Counter()
-        quotas = counts if side_of else {"": sum(counts.values())}
-        for side, total in quotas.items():
+        for split, total in quotas.items():
             channels = collections.defaultdict(list)
-            for field in of_class:
-                if side_of.get(field.name, "") == side:
+            for field in (of_class[i] for i in order):
+                if split_of.get(field.name, "") == split:
                     channels[field.channel].append(field.name)
             if not channels:
                 raise Error(
-                    f"class {label!r} has no image large enough for a crop in {side}; add one, or "
+                    f"class {label!r} has no image large enough for a crop in {split}; add one, or "
                     "put the classes directly below the image folder to have them split"
                 )
-            names = sorted(channels, key=lambda c: (given[c], min(rank[n] for n in channels[c])))
-            for channel, channel_share in zip(names, _equal(total, len(names)), strict=True):
-                given[channel] += channel_share
-                members = sorted(channels[channel], key=rank.__getitem__)
-                shares |= dict(zip(members, _equal(channel_share, len(members)), strict=True))
+            least_first = sorted(channels, key=given.__getitem__)
+            for channel, share in zip(least_first, _equal(total, len(channels)), strict=True):
+                given[channel] += share
+                members = channels[channel]
+                shares |= dict(zip(members, _equal(share, len(members)), strict=True))
     return shares
 
 
@@ -145,79 +144,61 @@ def _equal(total: int, number: int) -> list[int]:
     return [total // number + (i < total % number) for i in range(number)]
 
 
-def _positions(
-    field: Field,
-    number: int,
-    size: int,
-    seed: int,
-    border: Border,
-    min_foreground: float,
-    plane: str,
-) -> list[tuple[int, int]]:
+def _positions(field: Field, number: int, settings: CropSettings) -> list[tuple[int, int]]:
     """Draws `number` distinct positions (y, x), uniform over the field inside its border."""
-    capacity = num_positions(field.info, size, border)
+    size, (top, right, _, left) = settings.crop_size, settings.border
+    capacity = num_positions(field.info, size, settings.border)
     if number > capacity:
         raise Error(
             f"{field.path}: {number} crops of {size}x{size} are to come from this image of "
             f"{field.info.height}x{field.info.width}, and only {capacity} distinct ones fit; lower "
-            "--config.data.crops_per_class (and data.split), use a smaller "
-            "--config.data.crop_size, "
-            f"or add images to class {field.label!r}"
+            "data.crops_per_class (and data.split) or data.crop_size, or add images to class "
+            f"{field.label!r}"
         )
-    top, right, _, left = border
     columns = field.info.width - left - right - size + 1
-    rng = named_generator(seed, "positions", field.label, field.name)
-    sampler = _distinct(rng, capacity, number if min_foreground <= 0 else capacity)
-    places: list[tuple[int, int]] = []
-    if min_foreground <= 0:
-        for index in sampler:
-            places.append((top + index // columns, left + index % columns))
-        return places
-
-    textured = foreground_map(read_image(field.path, plane=plane))
-    tried, best = 0, 0.0
+    rng = named_generator(settings.seed, "positions", field.label, field.name)
+    places = ((top + n // columns, left + n % columns) for n in _distinct(rng, capacity))
+    least = settings.min_foreground
+    if not (least and number):
+        return list(itertools.islice(places, number))
+    foreground = foreground_map(read_image(field.path, plane=settings.plane))
+    full: list[tuple[int, int]] = []
+    best = 0.0
     # A field with hardly any cells would otherwise be searched pixel by pixel.
-    for index in sampler:
-        if len(places) == number or tried >= 100 * number + 1000:
-            break
-        y, x = top + index // columns, left + index % columns
-        fraction = foreground_fraction(textured, y, x, size)
-        tried, best = tried + 1, max(best, fraction)
-        if fraction >= min_foreground:
-            places.append((y, x))
-    if len(places) < number:
-        raise Error(
-            f"{field.path}: only {len(places)} of {tried} random crops have the foreground that "
-            f"data.min_foreground={min_foreground:g} asks for, and {number} are needed (the "
-            f"fullest has {best:.2f}); lower --config.data.min_foreground or take this image out"
-        )
-    return places
+    for y, x in itertools.islice(places, 100 * number + 1000):
+        fraction = foreground_fraction(foreground, y, x, size)
+        best = max(best, fraction)
+        if fraction >= least:
+            full.append((y, x))
+        if len(full) == number:
+            return full
+    raise Error(
+        f"{field.path}: {number} crops with the foreground that data.min_foreground={least:g} asks "
+        f"for are needed, and {len(full)} were found (the fullest has {best:.2f}); lower "
+        "data.min_foreground or take this image out"
+    )
 
 
-def _distinct(rng: np.random.Generator, capacity: int, number: int) -> Iterator[int]:
-    """Yields up to `number` distinct integers below `capacity`, uniformly.
-
-    The first n of them are the same for every `number`.
-    """
-    seen: set[int] = set()
+def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:
+    """Yields all integers below `capacity` in random order, as many as are asked for."""
+    taken: set[int] = set()
     # Rejection is quick until most are taken; the few then left are shuffled.
-    while len(seen) < min(number, (capacity + 1) // 2):
+    while len(taken) < (capacity + 1) // 2:
         index = int(rng.integers(capacity))
-        if index not in seen:
-            seen.add(index)
+        if index not in taken:
+            taken.add(index)
             yield index
-    if len(seen) < number:
-        rest = np.setdiff1d(np.arange(capacity), np.fromiter(seen, int, len(seen)))
-        yield from map(int, rng.permutation(rest)[: number - len(seen)])
+    rest = np.setdiff1d(np.arange(capacity), np.fromiter(taken, int, len(taken)))
+    yield from map(int, rng.permutation(rest))
 
 
-def _split_at_random(
-    drawn: Sequence[tuple[Field, int, int]], counts: Mapping[str, int], seed: int
-) -> list[Crop]:
-    crops = []
-    for label in sorted({field.label for field, _, _ in drawn}):
-        of_class = [place for place in drawn if place[0].label == label]
-        sides = np.repeat(list(counts), list(counts.values()))
-        sides = named_generator(seed, "split", label).permutation(sides).tolist()
-        crops += [Crop(*place, side) for place, side in zip(of_class, sides, strict=True)]
-    return crops
+def _split_at_random(crops: Sequence[Crop], settings: CropSettings) -> list[Crop]:
+    """Gives each crop a split of its own, in exact numbers per class."""
+    split_crops = []
+    for label in sorted({crop.field.label for crop in crops}):
+        of_class = [crop for crop in crops if crop.field.label == label]
+        rng = named_generator(settings.seed, "split", label)
+        splits = rng.permutation(np.repeat(SPLITS, settings.split)).tolist()
+        for crop, split in zip(of_class, splits, strict=True):
+            split_crops.append(dataclasses.replace(crop, split=split))
+    return split_crops

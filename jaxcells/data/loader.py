@@ -73,12 +73,11 @@ def _batches(
 ) -> Iterator[Batch]:
     size = num_batches(len(order), batch_size) * batch_size
     padded = np.resize(order, size)  # goes on from the beginning
-    mask = (np.arange(size) < len(order)).astype(np.float32)
     for start in range(first * batch_size, size, batch_size):
-        batch = slice(start, start + batch_size)
-        indices = padded[batch][rows]
+        places = np.arange(start, start + batch_size)[rows]
+        indices = padded[places]
         yield {
             "image": images[indices],
             "label": labels[indices].astype(np.int32),
-            "mask": mask[batch][rows],
+            "mask": (places < len(order)).astype(np.float32),
         }

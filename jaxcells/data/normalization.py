@@ -5,7 +5,6 @@ ImageNet's mean and standard deviation are those of torchvision's pre-trained we
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,18 +50,6 @@ class Normalization:
         # One multiplication and one addition a pixel: the constants are folded beforehand.
         return images.astype(np.float32) * (1 / (span * std)) - (low / span + mean) / std
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-serialisable form."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Normalization":
-        """Inverts `to_dict`, also after a round trip through JSON."""
-        return cls(
-            kind=values["kind"],
-            **{name: tuple(values[name]) for name in ("low", "high", "mean", "std")},
-        )
-
 
 def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
     """Fits the normalisation to the images of the training split.
@@ -84,9 +71,8 @@ def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
     if kind == "imagenet":
         if not eight_bit_colour:
             raise Error(
-                "data.normalize='imagenet' is for 8-bit grey or RGB images, and these are "
-                f"{images.dtype.name} with {channels} channels; use "
-                "--config.data.normalize=percentile"
+                "data.normalize=imagenet is for 8-bit grey or RGB images, and these are "
+                f"{images.dtype.name} with {channels} channels; use data.normalize=percentile"
             )
         low, high = (0.0,) * channels, (255.0,) * channels
     else:
@@ -96,14 +82,13 @@ def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
             raise Error(
                 f"channel {flat[0]} of the training crops has no contrast: its 0.5 and 99.5 "
                 f"percentiles are both {bounds[flat[0]][0]:g}; leave that channel out, or raise "
-                "--config.data.min_foreground if most crops are empty"
+                "data.min_foreground if most crops are empty"
             )
         low, high = zip(*bounds, strict=True)
-    if channels in (1, 3):
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    else:
-        mean = (float(np.mean(IMAGENET_MEAN)),) * channels
-        std = (float(np.mean(IMAGENET_STD)),) * channels
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    if channels not in (1, 3):
+        mean, std = (np.mean(mean).item(),) * channels, (np.mean(std).item(),) * channels
     return Normalization(kind, low, high, mean, std)
 
 

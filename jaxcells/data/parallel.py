@@ -1,7 +1,7 @@
 """One function over many files, on all cores, with a progress bar."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,15 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def num_workers() -> int:
-    """Returns the number of cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows
-        return os.cpu_count() or 1
-
-
-def parallel_map(function: Callable[[T], R], items: Sequence[T], *, title: str) -> list[R]:
+def parallel_map(function: Callable[[T], R], items: Collection[T], *, title: str) -> list[R]:
     """Applies `function` to every item on all cores and returns the results in order.
 
     Threads, not processes: decoding, encoding and hashing release the interpreter lock. Each
@@ -28,12 +20,8 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T], *, title: str) 
     Raises:
       Whatever `function` raises first in the order of `items`; work not yet begun is cancelled.
     """
-    results = []
-    executor = ThreadPoolExecutor(num_workers())
-    try:
-        futures = [executor.submit(function, item) for item in items]
-        for future in tqdm(futures, desc=title, disable=None, leave=False):
-            results.append(future.result())
-    finally:
-        executor.shutdown(cancel_futures=True)
-    return results
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    with ThreadPoolExecutor(num_cores) as executor:
+        results = executor.map(function, items)
+        return list(tqdm(results, desc=title, total=len(items), disable=None, leave=False))

@@ -1,4 +1,4 @@
-"""From a config to verified crops, their arrays and the audit: all that happens before training.
+"""From a config to crops, their arrays and the audit: all that happens before training.
 
 Nothing here imports JAX: the verbs `crop` and `check` run on a machine without it.
 """
@@ -12,13 +12,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxcells.config import data_seed, data_source
-from jaxcells.data import synthetic
 from jaxcells.data.arrays import SplitArrays, open_arrays
 from jaxcells.data.audit import Audit, audit_crops, describe_audit
-from jaxcells.data.crop_set import CropSet
-from jaxcells.data.crop_writer import prepare_crop_set
-from jaxcells.data.tfds_source import export_tfds
-from jaxcells.files import Error
+from jaxcells.data.crop_set import CropSet, open_crop_set, prepare_crop_set, verify_pixels
+from jaxcells.data.crops import CropSettings
+from jaxcells.data.sample import write_sample
+from jaxcells.data.tfds import export_images
+from jaxcells.evaluation.figures import plot_examples
+from jaxcells.files import Error, Workdir, lock_workdir
 
 logger = logging.getLogger("jaxcells")
 
@@ -40,45 +41,76 @@ class PreparedData:
     seconds: float
 
 
-def prepare_crops(config: ConfigDict, workdir: Path) -> CropSet:
-    """Makes, or verifies and reuses, the crop set of a config in `workdir/crops`."""
-    source, root = data_source(config), config.data.root
-    if source == "sample":
-        root = workdir / "sample"
-        logger.info("data.root is not set: using the built-in sample of simulated cells, %s", root)
-        synthetic.write_sample(root, seed=data_seed(config))
-    elif source.startswith("tfds:"):
-        root = workdir / "tfds"
-        export_tfds(source.removeprefix("tfds:"), root, data_dir=config.data.root or None)
-    folder, images = workdir.resolve(), Path(root).expanduser().resolve()
-    if source == "folder" and (folder == images or images in folder.parents):
-        raise Error(
-            f"--workdir {workdir} lies in the image folder {root}, whose sub-folders are classes; "
-            "choose a workdir outside"
-        )
-    return prepare_crop_set(
-        workdir / "crops",
-        root,
-        seed=data_seed(config),
-        crop_size=config.data.crop_size,
-        crops_per_class=config.data.crops_per_class,
-        split=tuple(config.data.split),
-        split_by=config.data.split_by,
-        border=tuple(config.data.border),
-        min_foreground=config.data.min_foreground,
-        plane=config.data.plane,
-    )
+def crop(config: ConfigDict, workdir: Workdir) -> None:
+    """The verb `crop`: makes or reuses the crops and their manifest, no more."""
+    check_place(config, workdir)
+    with lock_workdir(workdir.path):
+        prepare_crops(config, workdir)
 
 
-def prepare_data(config: ConfigDict, workdir: Path) -> PreparedData:
-    """Makes or reuses crops and arrays, audits them and prints what was found.
+def check(config: ConfigDict, workdir: Workdir) -> None:
+    """The verb `check`: makes crops or verifies every file, audits them and shows some.
+
+    Raises:
+      Error: anything wrong with the images or settings, changed crops, and errors of the audit.
+    """
+    check_place(config, workdir)
+    with lock_workdir(workdir.path):
+        if workdir.crops.exists():
+            verify_pixels(open_crop_set(workdir.crops))
+        data = prepare_data(config, workdir)
+        train, path = data.arrays["train"], workdir.figure("crops")
+        plot_examples(train.images, train.labels, data.crop_set.class_names, path)
+        logger.info("crops of every class are shown in %s", path)
+        data.audit.raise_errors()
+
+
+def prepare_data(config: ConfigDict, workdir: Workdir) -> PreparedData:
+    """Makes or reuses crops and arrays, audits them and logs what was found.
 
     Raises:
       Error: anything wrong with the images or settings. Errors of the audit are not raised here.
     """
     start = time.monotonic()
     crop_set = prepare_crops(config, workdir)
-    arrays = open_arrays(crop_set, workdir / "arrays")
+    arrays = open_arrays(crop_set, workdir.arrays)
     audit = audit_crops(crop_set, arrays)
     logger.info("%s", describe_audit(audit, crop_set.class_names))
     return PreparedData(crop_set, arrays, audit, time.monotonic() - start)
+
+
+def prepare_crops(config: ConfigDict, workdir: Workdir) -> CropSet:
+    """Makes or reuses the crop set of a config in `workdir.crops`.
+
+    Raises:
+      Error: anything wrong with the images or settings.
+    """
+    check_place(config, workdir)
+    source, root = data_source(config), config.data.root
+    if source == "sample":
+        root = workdir.sample
+        logger.info("data.root is not set: using the built-in sample of simulated cells, %s", root)
+        write_sample(root, seed=data_seed(config))
+    elif source.startswith("tfds:"):
+        root = workdir.tfds
+        export_images(source.removeprefix("tfds:"), root, data_dir=config.data.root or None)
+    # But for the seed, the settings are named as the keys of the config.
+    keys = [field.name for field in dataclasses.fields(CropSettings) if field.name != "seed"]
+    values = {key: config.data[key] for key in keys}
+    return prepare_crop_set(workdir.crops, root, CropSettings(data_seed(config), **values))
+
+
+def check_place(config: ConfigDict, workdir: Workdir) -> None:
+    """Refuses a workdir inside the image folder, where it would be taken for a class.
+
+    To be called before anything is made in the workdir, its lock included.
+
+    Raises:
+      Error: the workdir is the image folder, or below it.
+    """
+    images, folder = Path(config.data.root).expanduser().resolve(), workdir.path.resolve()
+    if data_source(config) == "folder" and (folder == images or images in folder.parents):
+        raise Error(
+            f"{workdir} lies in the image folder {config.data.root}, whose sub-folders are "
+            "classes; choose a workdir outside"
+        )

@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jaxcells.data.fields import Field
+from jaxcells.data.images import ImageInfo
+
 
 def textured(height: int, width: int, seed: int, channels: int = 1) -> np.ndarray:
     """Returns uint8 [H, W] or [H, W, C] noise: no two places of it are alike."""
@@ -25,3 +28,15 @@ def write_folder(root: Path, layout: dict[str, int], size: tuple[int, int] = (60
             pixels = textured(*size, seed=1000 * number + image)
             write_image(root / folder / f"field{image}.png", pixels)
     return root
+
+
+def make_fields(layout: dict[str, int], size: tuple[int, int] = (300, 400)) -> list[Field]:
+    """Returns `layout["class/channel"]` fields of each channel, for which there are no files."""
+    info = ImageInfo(*size, channels=1, dtype="uint8", notes=())
+    fields = []
+    for folder, count in layout.items():
+        label, _, channel = folder.partition("/")
+        for number in range(count):
+            name = f"{folder}/plate{number % 5}_{number}.png"
+            fields.append(Field(Path(name), label, channel, name, name, info))
+    return fields

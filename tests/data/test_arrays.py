@@ -1,21 +1,24 @@
+import logging
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxcells import Error
+from jaxcells.data import crop_set as crop_set_module
 from jaxcells.data.arrays import open_arrays
-from jaxcells.data.crop_set import open_crop_set
-from jaxcells.data.crop_writer import prepare_crop_set
+from jaxcells.data.crop_set import prepare_crop_set
+from jaxcells.data.crops import CropSettings
 from jaxcells.data.images import read_image
 from tests.data.folders import write_folder
 
-SETTINGS = {"crop_size": 32, "crops_per_class": 10, "split": (6, 2, 2), "split_by": "field"}
+SETTINGS = CropSettings(seed=0, crop_size=32, crops_per_class=10, split=(6, 2, 2))
 
 
 @pytest.fixture
 def crop_set(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 3, "B": 3})
-    return prepare_crop_set(tmp_path / "crops", root, seed=0, **SETTINGS)
+    return prepare_crop_set(tmp_path / "crops", root, SETTINGS)
 
 
 def test_arrays_hold_the_crops_in_the_order_of_the_manifest(crop_set, tmp_path):
@@ -31,32 +34,34 @@ def test_arrays_hold_the_crops_in_the_order_of_the_manifest(crop_set, tmp_path):
     assert set(arrays["val"].groups) == {r.group for r in crop_set.split("val")}
 
 
-def test_arrays_are_made_once_and_anew_for_another_manifest(crop_set, tmp_path):
-    open_arrays(crop_set, tmp_path / "arrays")
-    written = (tmp_path / "arrays" / "train.npy").stat().st_mtime_ns
-    open_arrays(crop_set, tmp_path / "arrays")
-    assert (tmp_path / "arrays" / "train.npy").stat().st_mtime_ns == written
-    other = prepare_crop_set(tmp_path / "other", tmp_path / "images", seed=1, **SETTINGS)
-    arrays = open_arrays(other, tmp_path / "arrays")
-    first = read_image(other.directory / arrays["train"].records[0].crop)
-    np.testing.assert_array_equal(arrays["train"].images[0], first)
+def test_whole_arrays_are_read_without_the_files_of_the_crops(crop_set, tmp_path, monkeypatch):
+    expected = np.array(open_arrays(crop_set, tmp_path / "arrays")["train"].images)
+    monkeypatch.setattr(crop_set_module, "read_image", None)
+    again = open_arrays(crop_set, tmp_path / "arrays")["train"].images
+    np.testing.assert_array_equal(again, expected)
 
 
 def test_changed_pixels_do_not_get_into_the_arrays(crop_set, tmp_path):
     path = crop_set.directory / crop_set.records[5].crop
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
-    with pytest.raises(Error, match=r"the pixels are not those of manifest\.csv"):
-        open_arrays(open_crop_set(crop_set.directory), tmp_path / "arrays")
+    with pytest.raises(Error, match=rf"pixels of .*{path.name} differ from manifest\.csv"):
+        open_arrays(crop_set, tmp_path / "arrays")
     assert not (tmp_path / "arrays").exists()
 
 
-@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
-def test_damaged_arrays_are_made_anew(crop_set, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["a bit", "truncated", "missing", "a row less"])
+def test_damaged_arrays_are_made_anew(crop_set, tmp_path, damage, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("jaxcells"), "propagate", True)
     before = np.array(open_arrays(crop_set, tmp_path / "arrays")["val"].images)
+    assert not caplog.messages
     path = tmp_path / "arrays" / "val.npy"
     content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content[:-1] + b"\0" if damage == "changed" else content[:-900])
+    path.unlink()
+    if damage == "a bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "truncated":
+        path.write_bytes(content[:-900])
+    elif damage == "a row less":
+        np.save(path, before[:-1])
     np.testing.assert_array_equal(open_arrays(crop_set, tmp_path / "arrays")["val"].images, before)
+    assert "not the pixels of the manifest; decoding the crops again" in caplog.text

@@ -6,128 +6,107 @@ import pytest
 from jaxcells import Error
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.audit import audit_crops, describe_audit
-from jaxcells.data.crop_writer import prepare_crop_set
+from jaxcells.data.crop_set import prepare_crop_set
+from jaxcells.data.crops import CropSettings
+from jaxcells.data.fields import SPLITS
 from tests.data.folders import textured, write_folder, write_image
 
-SETTINGS = {
-    "seed": 0,
-    "crop_size": 32,
-    "crops_per_class": 30,
-    "split": (18, 6, 6),
-    "split_by": "field",
-}
+SETTINGS = CropSettings(seed=0, crop_size=32, crops_per_class=30, split=(18, 6, 6))
 
 
 def audit(tmp_path, root, **changes):
-    crop_set = prepare_crop_set(tmp_path / "crops", root, **SETTINGS | changes)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    crop_set = prepare_crop_set(tmp_path / "crops", root, settings)
     return audit_crops(crop_set, open_arrays(crop_set, tmp_path / "arrays")), crop_set
 
 
 def test_a_clean_set_passes_with_its_counts(tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 20, "B": 20})
+    root = write_folder(tmp_path / "images", {"A": 20, "a long name, " * 4: 20})
     result, crop_set = audit(tmp_path, root)
     assert result.errors == ()
     assert result.shared_pixels == {"val": 0, "test": 0}
-    assert result.counts["train"] == {
-        "A": {"crops": 18, "fields": 12},
-        "B": {"crops": 18, "fields": 12},
-    }
+    assert result.counts["train"]["A"] == {"crops": 18, "fields": 12}
     assert result.counts["test"]["A"] == {"crops": 6, "fields": 4}
-    assert any("few independent fields in test (A 4, B 4)" in w for w in result.warnings)
-    assert "audit passed: nothing stands on two sides" in describe_audit(
-        result, crop_set.class_names
-    )
+    assert any("few independent fields in test (A 4, a long" in w for w in result.warnings)
+    lines = describe_audit(result, crop_set.class_names).splitlines()
+    assert lines[0].split() == ["class", *SPLITS]
+    assert lines[1].split() == ["A", "18", "/", "12", "6", "/", "4", "6", "/", "4"]
+    assert len(lines[0]) == len(lines[1]) == len(lines[2])
+    assert lines[-1] == "audit passed: nothing stands in two splits"
     result.raise_errors()
 
 
-def test_a_source_on_two_sides_is_an_error(tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 5, "B": 5})
+@pytest.fixture
+def audit_changed(tmp_path):
+    """Returns a function that audits a good crop set of which the records were changed."""
+    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
     _, crop_set = audit(tmp_path, root)
-    moved = next(r for r in crop_set.records if r.split == "test")
-    records = tuple(
-        dataclasses.replace(r, source=moved.source, group=moved.group) if i == 0 else r
-        for i, r in enumerate(crop_set.records)
-    )
-    tampered = dataclasses.replace(crop_set, records=records)
-    result = audit_crops(tampered, open_arrays(crop_set, tmp_path / "arrays"))
-    assert any(e.startswith("1 images on two sides of the split") for e in result.errors)
-    assert any(e.startswith("1 groups on two sides") for e in result.errors)
-    with pytest.raises(Error, match="the audit found"):
+
+    def audit_records(change):
+        changed = dataclasses.replace(crop_set, records=tuple(change(crop_set.records)))
+        return audit_crops(changed, open_arrays(crop_set, tmp_path / "arrays"))
+
+    return audit_records
+
+
+def test_a_source_in_two_splits_is_an_error(audit_changed):
+    def move(records):
+        last = records[-1]
+        return [dataclasses.replace(records[0], source=last.source, group=last.group), *records[1:]]
+
+    result = audit_changed(move)
+    assert [error[:28] for error in result.errors[:2]] == [
+        "1 images in two splits, such",
+        "1 groups in two splits, such",
+    ]
+    with pytest.raises(Error, match=r"the audit found \d errors: 1 images in two splits"):
         result.raise_errors()
+    assert "ERROR: 1 groups in two splits" in describe_audit(result, ("A", "B"))
 
 
-def test_copies_under_other_names_are_found_by_their_pixels(tmp_path):
-    for label, seed in (("A", 0), ("B", 100)):
-        for number in range(9):
-            # Every image of A is a copy of one.
-            pixels = textured(32, 32, seed + (number if label == "B" else 0))
-            write_image(tmp_path / "images" / label / f"{number}.png", pixels)
-    result, _ = audit(tmp_path, tmp_path / "images")
-    assert len(result.errors) == 1
-    assert "1 images are there twice, under two names on two sides of the split" in result.errors[0]
-    assert "A/" in result.errors[0]
+def test_identical_crops_of_different_images_are_an_error(audit_changed):
+    result = audit_changed(
+        lambda records: [dataclasses.replace(records[0], sha256=records[-1].sha256), *records[1:]]
+    )
+    assert [error[:35] for error in result.errors] == [
+        "1 crops are identical in two splits",
+        "1 crops are identical in two classe",
+    ]
 
 
-def test_copies_are_found_though_their_crops_differ(tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
-    for number in range(1, 4):
-        copy = root / "A" / f"copy{number}.png"
-        copy.write_bytes((root / "A" / "field0.png").read_bytes())
-    (root / "B" / "of_a.png").write_bytes((root / "A" / "field5.png").read_bytes())
-    result, crop_set = audit(tmp_path, root)
-    assert len({record.sha256 for record in crop_set.records}) == len(crop_set.records)
-    assert any("two sides of the split, such as A/" in e for e in result.errors)
-    assert any("on two classes, such as A/field5.png and B/of_a.png" in e for e in result.errors)
-
-
-def test_identical_crops_of_different_images_are_an_error(tmp_path):
-    # Every image shows the same square, in a frame of its own.
-    square = textured(32, 32, 0)
-    for label in "AB":
-        for number in range(3):
-            image = textured(33, 32, 7 * number + (label == "B"))
-            image[:32] = square
-            write_image(tmp_path / "images" / label / f"{number}.png", image)
-    result, _ = audit(tmp_path, tmp_path / "images", crops_per_class=6, split=(2, 2, 2))
-    assert any("crops are identical on two sides of the split" in e for e in result.errors)
-    assert any("crops are identical on two classes" in e for e in result.errors)
-
-
-def test_a_side_without_crops_of_a_class_is_an_error(tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
-    _, crop_set = audit(tmp_path, root)
-    records = tuple(r for r in crop_set.records if (r.label, r.split) != ("B", "val"))
-    lacking = dataclasses.replace(crop_set, records=records)
-    result = audit_crops(lacking, open_arrays(crop_set, tmp_path / "arrays"))
+def test_a_split_without_crops_of_a_class_is_an_error(audit_changed):
+    result = audit_changed(
+        lambda records: [r for r in records if (r.label, r.split) != ("B", "val")]
+    )
     assert "class 'B' has no crops in val" in result.errors
 
 
-def test_one_image_under_two_classes_is_an_error(tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 9, "B": 9}, size=(32, 32))
-    (root / "B" / "copy.png").write_bytes((root / "A" / "field0.png").read_bytes())
-    result, _ = audit(tmp_path, root)
-    assert any(
-        "1 images are there twice, under two names on two classes" in e for e in result.errors
-    )
+def test_copies_under_other_names_are_found_though_their_crops_differ(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
+    for copy in ("A/copy1.png", "A/copy2.png", "A/copy3.png", "B/of_a.png"):
+        original = "A/field5.png" if copy == "B/of_a.png" else "A/field0.png"
+        (root / copy).write_bytes((root / original).read_bytes())
+    result, crop_set = audit(tmp_path, root)
+    assert len({record.sha256 for record in crop_set.records}) == len(crop_set.records)
+    in_splits, in_classes = result.errors
+    assert "are there twice, under two names in two splits, such as A/" in in_splits
+    assert "in two classes, such as A/field5.png and B/of_a.png" in in_classes
 
 
 def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 2, "B": 2})
     result, crop_set = audit(tmp_path, root, split_by="crop")
     assert result.errors == ()
-    # Counted pixel by pixel, the slow way.
-    shared, total = 0, 0
-    for test in crop_set.split("test"):
-        for y in range(test.y, test.y + 32):
-            for x in range(test.x, test.x + 32):
-                total += 1
-                shared += any(
-                    r.source == test.source and 0 <= y - r.y < 32 and 0 <= x - r.x < 32
-                    for r in crop_set.split("train")
-                )
-    assert 0.5 < shared / total < 1
-    assert result.shared_pixels["test"] == shared / total
-    assert any("split_by=crop: 4 images" in w for w in result.warnings)
+
+    def pixels(split):
+        for r in crop_set.split(split):
+            yield from ((r.source, r.y + y, r.x + x) for y in range(32) for x in range(32))
+
+    trained = set(pixels("train"))
+    shown = [pixel in trained for pixel in pixels("test")]
+    assert 0.5 < np.mean(shown) < 1
+    assert result.shared_pixels["test"] == np.mean(shown)
+    assert any("data.split_by=crop: 4 images" in w for w in result.warnings)
 
 
 def test_near_constant_crops_are_warned_of_and_are_no_leak(tmp_path):
