@@ -8,30 +8,24 @@ import collections
 import dataclasses
 import logging
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxcells.data.images import SUFFIXES, ImageError, ImageInfo, inspect_image
+from jaxcells.data.images import FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
+from jaxcells.text import counted, some
 
 logger = logging.getLogger("jaxcells")
 
 SPLITS = ("train", "val", "test")
-_SIDE_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-# Written by microscopes: leaving them out unasked would drop somebody's data.
-_UNREAD_FORMATS = (
-    *(".czi", ".nd2", ".lif", ".lsm", ".oib", ".oif", ".vsi", ".scn", ".svs", ".ims", ".mrxs"),
-    *(".ndpi", ".dv", ".zvi", ".heic", ".heif", ".webp", ".gif", ".jp2", ".dcm", ".zarr"),
-)
+_SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+_SPLIT_OF = {name: names[0] for names in _SPLIT_NAMES for name in names}
+# How programs name the outlines of 0.png: 0_mask.png, 0_cp_masks.png, 0-seg.tif, 0_labels.png.
+_MASK = re.compile(r"(.+?)([-_. ](?:cp_)?(?:masks?|seg|labels?|rois?))", re.IGNORECASE)
+_SHEETS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Field:
       path: the file.
       label: name of the class: the first folder below the root.
       channel: the first folder below the class; "" where images lie in the class folder itself.
-      group: what must not stand on two sides of a split. `find_fields` sets it to `name`.
+      group: what must stand in one split alone. `find_fields` sets it to `name`.
       name: path below the root with forward slashes: the identity of the field in seeds and tables.
       info: size, channels and dtype.
       split: "train", "val" or "test" where the folder came split, else None.
@@ -57,7 +51,7 @@ class Field:
     split: str | None = None
 
 
-def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]:
+def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str = "") -> list[Field]:
     """Returns every image under `root`, sorted by name.
 
     Hidden files and files that are no images are left out; the log says how many.
@@ -65,93 +59,130 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
     Args:
       root: folder with one sub-folder per class, or with `train`, `val`, `test` folders of those.
       plane: which plane of a stack to read, see `read_image`.
+      exclude: regular expression; files in whose path below `root` it is found are left out, and a
+        class of which nothing remains. Empty: none.
 
     Raises:
       Error: no such folder, no images, one class, an empty class, a format that is not read, or
         images that cannot be read: one message that names folders and counts.
     """
     root = Path(root).expanduser()
-    if not root.is_dir():
-        reason = "is a file, not a folder" if root.exists() else "does not exist"
-        raise Error(f"{root}: the image folder {reason}; set --config.data.root=FOLDER")
-
-    folders = _visible_folders(root)
-    if not folders:
-        num_images = sum(_is_image(path) for path in root.iterdir())
+    pattern = _compile(exclude)
+    class_folders = _class_folders(root)
+    files = [(*c, path) for c in class_folders for path in _files_below(c[2])]
+    wanted = [f for f in files if not (exclude and pattern.search(_below(root, f[3])))]
+    found = [f for f in wanted if f[3].suffix.lower() in SUFFIXES]
+    foreign = [f[3] for f in wanted if f[3].suffix.lower() in FOREIGN]
+    strays = [path for path in root.iterdir() if path.is_file() and not is_hidden(path)]
+    strays += [f[3] for f in wanted if f[3].suffix.lower() not in {*SUFFIXES, *FOREIGN}]
+    for path in [*(c[2] for c in class_folders), *(f[3] for f in found)]:
+        _check_encoding(path)
+    if foreign:
         raise Error(
-            f"{root}: no class folders found"
-            + (f", but {num_images} images" if num_images else "")
-            + "; put the images of each cell line into a sub-folder of its own"
+            f"{root}: files in a format that is not read: {_examples(root, foreign)}; "
+            f"{FOREIGN[foreign[0].suffix.lower()]}, or leave them out with "
+            f"data.exclude='\\{foreign[0].suffix}$'"
         )
-    sides = {name: _SIDE_NAMES[name.lower()] for name in folders if name.lower() in _SIDE_NAMES}
-    came_split = len(set(sides.values())) >= 2
-    class_folders: list[tuple[str | None, str, Path]]
-    if came_split:
-        _check_sides(root, folders, sides)
-        class_folders = [
-            (side, label, root / name / label)
-            for name, side in sides.items()
-            for label in _visible_folders(root / name)
-        ]
-        _check_same_classes(root, class_folders)
-    else:
-        class_folders = [(None, label, root / label) for label in folders]
-
-    for _, _, folder in class_folders:
-        _check_encoding(folder)
-    found: list[tuple[str | None, str, Path, Path]] = []
-    ignored: list[Path] = [
-        path for path in root.iterdir() if path.is_file() and not is_hidden(path)
-    ]
-    unread: list[Path] = []
-    empty: list[str] = []
-    for split, label, folder in class_folders:
-        before = len(found)
-        for path in _files_below(folder):
-            if _is_image(path):
-                _check_encoding(path)
-                found.append((split, label, folder, path))
-            elif path.suffix.lower() in _UNREAD_FORMATS:
-                unread.append(path)
-            else:
-                ignored.append(path)
-        if len(found) == before:
-            empty.append(str(folder.relative_to(root)))
-
-    if unread:
+    counts = collections.Counter(label for _, label, _, _ in found)
+    left_out = {f[2] for f in files} - {f[2] for f in wanted}
+    empty = [c[2] for c in class_folders if c[2] not in left_out | {f[2] for f in found}]
+    if empty or not found:
+        listed = some([f"{label}: {n}" for label, n in sorted(counts.items())]) or "none"
         raise Error(
-            f"{root}: files in a format that is not read: {_examples(unread, root)}; "
-            "export them as TIFF or OME-TIFF, or move them out of the folder"
+            f"{root}: no images in {_examples(root, empty)} (images per class: {listed}); add "
+            f"images ({' '.join(sorted(SUFFIXES))}) or remove the folder{_sheet_hint(root)}"
         )
-    if not found:
-        raise Error(
-            f"{root}: no images in any of the {len(class_folders)} class folders "
-            f"({_some(empty)}); looked for {' '.join(sorted(SUFFIXES))}"
-        )
-    if empty:
-        counts = collections.Counter(label for _, label, _, _ in found)
-        listed = _some([f"{label}: {n}" for label, n in sorted(counts.items())])
-        raise Error(
-            f"{root}: no images in {_some(empty)} (images per class: {listed}); "
-            "add images or remove the folder"
-        )
-    labels = {label for _, label, _, _ in found}
-    if len(labels) < 2:
-        raise Error(
-            f"{root}: only one class, {labels.pop()!r} with {len(found)} images; "
-            "a classifier needs at least two class folders"
-        )
-    if ignored:
-        logger.info("ignored, being no images: %s", _examples(ignored, root))
+    if len(counts) < 2:
+        raise Error(_one_class(root, [f[3] for f in found]))
+    if exclude:
+        num_excluded = counted(len(files) - len(wanted), "file")
+        logger.info("left out by data.exclude=%s: %s", exclude, num_excluded)
+    if strays:
+        logger.info("ignored, being no images: %s", _examples(root, strays))
 
     infos = _inspect_all([path for _, _, _, path in found], root, plane)
     fields = []
     for (split, label, folder, path), info in zip(found, infos, strict=True):
+        name = _below(root, path)
         below = path.relative_to(folder).parts
-        name = path.relative_to(root).as_posix()
         channel = below[0] if len(below) > 1 else ""
         fields.append(Field(path, label, channel, name, name, info, split))
+    for warning in _mask_notes(fields):
+        logger.warning(warning)
     return sorted(fields, key=lambda field: field.name)
+
+
+def _compile(exclude: str) -> re.Pattern[str]:
+    try:
+        return re.compile(exclude)
+    except re.error as error:
+        raise Error(f"data.exclude={exclude!r} is no regular expression: {error}") from None
+
+
+def _class_folders(root: Path) -> list[tuple[str | None, str, Path]]:
+    """Returns split (None where the folder does not come split), class and path."""
+    if not root.is_dir():
+        reason = "is a file, not a folder" if root.exists() else "does not exist"
+        raise Error(f"{root}: the image folder {reason}; set data.root=FOLDER")
+    folders = _visible_folders(root)
+    if not folders:
+        number = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
+        raise Error(
+            f"{root}: no class folders found, but {counted(number, 'image')}; put the images of "
+            f"each cell line into a folder of its own{_sheet_hint(root)}"
+        )
+    splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
+    if len(set(splits.values())) < 2:
+        return [(None, label, root / label) for label in folders]
+    others = sorted(set(folders) - set(splits))
+    if others:
+        raise Error(
+            f"{root}: folders {some(sorted(splits))} look like a split, {some(others)} like "
+            "classes; use either root/<class>/ or root/{train,val,test}/<class>/"
+        )
+    if sorted(splits.values()) != sorted(SPLITS):
+        raise Error(
+            f"{root}: a folder that comes split needs train, val and test, and has "
+            f"{some(sorted(splits))}; rename the folders, or put the classes directly below the "
+            "root to have them split"
+        )
+    classes = {split: set(_visible_folders(root / name)) for name, split in splits.items()}
+    for label in sorted(set.union(*classes.values())):
+        has = [split for split in SPLITS if label in classes[split]]
+        if len(has) < len(SPLITS):
+            without = [split for split in SPLITS if split not in has]
+            raise Error(
+                f"{root}: class {label!r} is in {' and '.join(has)} but not in "
+                f"{' and '.join(without)}; train, val and test need the same class folders"
+            )
+    return [
+        (split, label, root / name / label)
+        for name, split in splits.items()
+        for label in sorted(classes[split])
+    ]
+
+
+def _one_class(root: Path, paths: list[Path]) -> str:
+    """Says what was found instead of two classes, and what to give."""
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    inner = sorted({path.relative_to(common).parts[0] for path in paths})
+    what = f"{root}: only one class, {_below(root, paths[0]).split('/')[0]!r}"
+    if all(common / name not in paths for name in inner):
+        return (
+            f"{what}; {common} holds {len(inner)} folders of images ({some(inner)}): if these are "
+            f"the classes, give data.root={shlex.quote(str(common))}"
+        )
+    return (
+        f"{what} with {counted(len(paths), 'image')}; a classifier needs at least two class "
+        f"folders{_sheet_hint(root)}"
+    )
+
+
+def _sheet_hint(root: Path) -> str:
+    sheets = [p.name for p in root.iterdir() if p.suffix.lower() in _SHEETS and not is_hidden(p)]
+    if not sheets:
+        return ""
+    return f"; labels in sheets such as {sheets[0]} are not read yet: one folder per class is"
 
 
 def usable_fields(
@@ -172,36 +203,42 @@ def usable_fields(
         used whole, in size.
     """
     kept, notes = list(fields), []
-    if crop_size is not None:
+    if crop_size:
         kept = [f for f in fields if num_positions(f.info, crop_size, border) > 0]
         num_all = collections.Counter(f.label for f in fields)
         num_kept = collections.Counter(f.label for f in kept)
-        lost = [label for label in sorted(num_all) if not num_kept[label]]
         within = f" inside the border {border}" if any(border) else ""
-        if lost:
-            largest = {
-                label: max((f.info.height, f.info.width) for f in fields if f.label == label)
-                for label in lost
-            }
-            listed = _some(
-                [f"{n!r}: {num_all[n]}, the largest {h}x{w}" for n, (h, w) in largest.items()]
-            )
-            raise Error(
-                f"every image of these classes is smaller than the {crop_size}x{crop_size} crop"
-                f"{within} ({listed}); set a smaller --config.data.crop_size, or "
-                "--config.data.crop_size=0 to use the images whole"
-            )
         notes = [
             f"{num_all[label] - num_kept[label]} of {num_all[label]} images of {label!r} are "
             f"smaller than the {crop_size}x{crop_size} crop{within} and give no crops"
             for label in sorted(num_all)
             if num_all[label] != num_kept[label]
         ]
+        advice = _smaller_crop(fields, crop_size, border)
+        if len(num_kept) < len(num_all):
+            raise Error(f"{some(notes)}; {advice}data.crop_size=0 uses the images whole")
+        if notes and advice:
+            notes[-1] += f"; {advice}".removesuffix(", ")
     else:
         _check_uniform(kept, lambda f: f"{f.info.height}x{f.info.width} pixels", "size")
     _check_uniform(kept, lambda f: f"{f.info.channels}", "number of colour channels")
     _check_uniform(kept, lambda f: f.info.dtype, "pixel type")
     return kept, notes
+
+
+def _smaller_crop(
+    fields: Sequence[Field], crop_size: int, border: tuple[int, int, int, int]
+) -> str:
+    """Names a crop that fits into nine of ten images of every class, where `crop_size` does not."""
+    top, right, bottom, left = border
+    sides = collections.defaultdict(list)
+    for field in fields:
+        rows, columns = field.info.height - top - bottom, field.info.width - left - right
+        sides[field.label].append(min(rows, columns))
+    size = min(sorted(values)[len(values) // 10] for values in sides.values())
+    if not 0 < size < crop_size:
+        return ""
+    return f"data.crop_size={size} fits into at least nine of ten images of every class, "
 
 
 def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, int]) -> int:
@@ -215,7 +252,24 @@ def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, 
 def image_notes(fields: Sequence[Field]) -> list[str]:
     """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count."""
     counts = collections.Counter(note for field in fields for note in field.info.notes)
-    return [f"{count} images: {note}" for note, count in sorted(counts.items())]
+    notes = [f"{counted(count, 'image')}: {note}" for note, count in sorted(counts.items())]
+    return notes + _mask_notes(fields)
+
+
+def _mask_notes(fields: Sequence[Field]) -> list[str]:
+    """Warns of outlines beside their images, with the pattern that leaves them all out."""
+    stems = {os.path.splitext(field.name)[0] for field in fields}
+    matches = [match for stem in stems if (match := _MASK.fullmatch(stem)) and match[1] in stems]
+    if not matches:
+        return []
+    endings = "|".join(sorted({match[2] for match in matches}))
+    pattern = rf"({endings})\." if "|" in endings else rf"{endings}\."
+    masks = [field.name for field in fields if re.search(pattern, field.name)]
+    return [
+        f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) count "
+        "as fields of their own, so that the outlines of a test image may stand in training; "
+        f"data.exclude='{pattern}' leaves them out"
+    ]
 
 
 def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:
@@ -226,7 +280,7 @@ def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], wh
         examples.setdefault(value, field)
         counts[value] += 1
     if len(counts) > 1:
-        listed = _some([f"{n} with {v}, e.g. {examples[v].name}" for v, n in counts.most_common()])
+        listed = some([f"{n} with {v}, e.g. {examples[v].name}" for v, n in counts.most_common()])
         raise Error(
             f"the images differ in {what}: {listed}; convert them to one kind, since a network "
             "would learn the difference instead of the cells"
@@ -256,34 +310,6 @@ def _check_encoding(path: Path) -> None:
         raise Error(f"{name}: the name is not valid UTF-8; rename the file or folder") from None
 
 
-def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
-    others = sorted(set(folders) - set(sides))
-    if others:
-        raise Error(
-            f"{root}: folders {_some(sorted(sides))} look like a split, {_some(others)} like "
-            "classes; use either root/<class>/ or root/{train,val,test}/<class>/"
-        )
-    if sorted(sides.values()) != sorted(SPLITS):
-        raise Error(
-            f"{root}: a folder that comes split needs train, val and test, and has "
-            f"{_some(sorted(sides))}"
-            "; rename the folders, or put the classes directly below the root to have them split"
-        )
-
-
-def _check_same_classes(root: Path, class_folders: list[tuple[str | None, str, Path]]) -> None:
-    classes = {side: {label for s, label, _ in class_folders if s == side} for side in SPLITS}
-    everywhere = set.intersection(*classes.values())
-    for side in SPLITS:
-        odd = sorted(classes[side] - everywhere)
-        if odd:
-            without = [s for s in SPLITS if odd[0] not in classes[s]]
-            raise Error(
-                f"{root}: class {odd[0]!r} is in {side} but not in {' and '.join(without)}; "
-                "train, val and test need the same class folders"
-            )
-
-
 def _files_below(folder: Path) -> Iterator[Path]:
     """Yields all visible files below `folder`, following links but never in a circle."""
     seen = set()
@@ -309,14 +335,9 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not is_hidden(path)
+def _below(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
-def _examples(paths: list[Path], root: Path) -> str:
-    return _some([path.relative_to(root).as_posix() for path in paths])
-
-
-def _some(items: Sequence[str], limit: int = 4) -> str:
-    more = f", … {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def _examples(root: Path, paths: Sequence[Path]) -> str:
+    return some([_below(root, path) for path in paths])
