@@ -134,31 +134,23 @@ def _class_folders(root: Path) -> list[tuple[str | None, str, Path]]:
     splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
     if len(set(splits.values())) < 2:
         return [(None, label, root / label) for label in folders]
-    others = sorted(set(folders) - set(splits))
-    if others:
+    if len(folders) != len(SPLITS) or sorted(splits.values()) != sorted(SPLITS):
         raise Error(
-            f"{root}: folders {some(sorted(splits))} look like a split, {some(others)} like "
-            "classes; use either root/<class>/ or root/{train,val,test}/<class>/"
+            f"{root}: {some(sorted(splits))} look like a split, for which a folder needs train, val "
+            f"and test and no other, and it has {some(folders)}; or else put the classes directly "
+            "below it to have them split"
         )
-    if sorted(splits.values()) != sorted(SPLITS):
+    classes = [_visible_folders(root / name) for name in folders]
+    somewhere, everywhere = set().union(*classes), set.intersection(*map(set, classes))
+    if somewhere != everywhere:
         raise Error(
-            f"{root}: a folder that comes split needs train, val and test, and has "
-            f"{some(sorted(splits))}; rename the folders, or put the classes directly below the "
-            "root to have them split"
+            f"{root}: train, val and test need the same class folders, and not all of them have "
+            f"{some(sorted(somewhere - everywhere))}"
         )
-    classes = {split: set(_visible_folders(root / name)) for name, split in splits.items()}
-    for label in sorted(set.union(*classes.values())):
-        has = [split for split in SPLITS if label in classes[split]]
-        if len(has) < len(SPLITS):
-            without = [split for split in SPLITS if split not in has]
-            raise Error(
-                f"{root}: class {label!r} is in {' and '.join(has)} but not in "
-                f"{' and '.join(without)}; train, val and test need the same class folders"
-            )
     return [
-        (split, label, root / name / label)
-        for name, split in splits.items()
-        for label in sorted(classes[split])
+        (splits[name], label, root / name / label)
+        for name in folders
+        for label in sorted(everywhere)
     ]
 
 
@@ -266,8 +258,8 @@ def _mask_notes(fields: Sequence[Field]) -> list[str]:
     pattern = rf"({endings})\." if "|" in endings else rf"{endings}\."
     masks = [field.name for field in fields if re.search(pattern, field.name)]
     return [
-        f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) count "
-        "as fields of their own, so that the outlines of a test image may stand in training; "
+        f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) are "
+        "used as images themselves, so that outlines of a test image may stand in training; "
         f"data.exclude='{pattern}' leaves them out"
     ]
 

@@ -41,7 +41,7 @@ _FOREIGN = {
 FOREIGN = {f".{suffix}": advice for advice, line in _FOREIGN.items() for suffix in line.split()}
 """What to do with files of other formats, by their lower-case suffixes."""
 
-_DECODERS = ("tifffile", "imagecodecs", "PIL")
+_DECODERS = {"tifffile", "imagecodecs", "PIL"}
 
 
 class ImageError(Error):
@@ -180,8 +180,8 @@ def _is_of_decoder(error: Exception) -> bool:
     On damaged files decoders raise nearly anything: OSError, struct.error, KeyError, TypeError.
     A name that a decoder no longer has fails in our line that asks for it.
     """
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(str(f.f_globals.get("__name__")).startswith(_DECODERS) for f in frames)
+    lines = traceback.extract_tb(error.__traceback__)
+    return any(_DECODERS.intersection(Path(line.filename).parts) for line in lines)
 
 
 def _open_format(file: BinaryIO, suffix: str, plane: Plane) -> Picture:

@@ -17,6 +17,11 @@ MAX_BYTES = 4 * 2**30
 # Deflate cannot expand more than 1032 times, and JPEG of an empty field stays well below that.
 _MAX_EXPANSION = 2000
 _ALWAYS_ALLOWED = 64 * 2**20
+LOOKUP_TABLE = "palette is a lookup table; its indices are read as intensities"
+INDEXED = (
+    "has indexed colours (a label image, or a photograph reduced to a palette): save it as grey or "
+    "RGB (in ImageJ, Image > Lookup Tables > Grays)"
+)
 
 
 class Refused(Exception):

@@ -15,6 +15,7 @@ from jaxcells.data.picture import Picture, Refused, check_size, file_size
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type, alpha included
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 3: (1, 2, 4, 8)}  # by colour type; 8 and 16 for the others
 _UINT8 = np.dtype(np.uint8)
 _ALPHA = "alpha channel dropped"
 
@@ -29,14 +30,10 @@ def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
       Refused: its colours are more than a lookup table.
     """
     if len(palette) == 256 and picture.is_lookup_ramp(palette):
-        indices = np.arange(256, dtype=np.uint8)
-        return indices, "palette is a lookup table; its indices are read as intensities"
+        return np.arange(256, dtype=np.uint8), picture.LOOKUP_TABLE
     if (palette == palette[:, :1]).all():
         return palette[:, 0], "palette of grey levels applied"
-    raise Refused(
-        "has indexed colours (a label image, or a photograph reduced to a palette): "
-        "save it as grey or RGB"
-    )
+    raise Refused(picture.INDEXED)
 
 
 def _take_levels(levels: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -81,12 +78,15 @@ def open_png(file: BinaryIO) -> Picture:
         if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
             critical.append((offset - 8, length + 12))
     header = found.get(b"IHDR", b"")
-    if len(header) != 13 or header[9] not in _PNG_CHANNELS:
-        raise Refused("is damaged: it has no valid header")
+    if len(header) != 13:
+        raise Refused("is damaged: it has no header")
+    width, height, depth, colour = struct.unpack_from(">IIBB", header)
+    known = colour in _PNG_CHANNELS and depth in _PNG_DEPTHS.get(colour, (8, 16))
+    if not known or header[10:12] != b"\0\0" or header[12] > 1:
+        raise Refused(f"is damaged: its header has values that PNG does not define ({header!r})")
     if found.get(b"acTL", b"\0\0\0\1")[:4] != b"\0\0\0\1":
         raise Refused("is an animation: save the frame you need as its own file")
 
-    width, height, depth, colour = struct.unpack_from(">IIBB", header)
     dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
     stored = _PNG_CHANNELS[colour]
     check_size((height, width, stored), dtype, file_size(file))

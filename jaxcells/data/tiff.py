@@ -5,16 +5,14 @@ import contextvars
 import logging
 import math
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO, Literal
 
 import numpy as np
 from tifffile import TiffFile, TiffPage, TiffPageSeries
 
 from jaxcells.data import picture
-from jaxcells.data.picture import Picture, Refused, check_dtype, check_size, file_size
+from jaxcells.data.picture import Picture, Refused, check_size, file_size
 from jaxcells.data.planes import Plane, select
 from jaxcells.text import by
 
@@ -122,27 +120,21 @@ def _check_page(page: TiffPage) -> list[str]:
       Refused: they are not intensities, or not of a type that is kept.
     """
     photometric, bits = page.photometric, page.bitspersample
+    is_jpeg_colour = photometric == _YCBCR and page.compression == _JPEG
     if page.compression == _OLD_JPEG:
         raise Refused("has old-style JPEG compression, which readers decode differently: resave it")
     if page.dtype is None:
-        raise Refused(
-            f"has {bits}-bit samples of format {page.sampleformat!r}: convert it to 8-bit or "
-            "16-bit unsigned, or float32"
-        )
-    check_dtype(page.dtype)
-    if photometric not in (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE) and not (
-        photometric == _YCBCR and page.compression == _JPEG
-    ):
+        what = f"{bits}-bit samples of format {page.sampleformat!r}"
+        raise Refused(f"has {what}: convert it to 8-bit or 16-bit unsigned, or float32")
+    picture.check_dtype(page.dtype)
+    if photometric not in (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE) and not is_jpeg_colour:
         name = "CMYK" if photometric == _CMYK else getattr(photometric, "name", photometric)
         raise Refused(f"has {name} colours: convert it to grey or RGB")
     notes = []
     if photometric == _PALETTE:
         if page.colormap is None or not picture.is_lookup_ramp(page.colormap.T):
-            raise Refused(
-                "has indexed colours (a label image, or a photograph reduced to a palette): save "
-                "it as grey or RGB (in ImageJ, Image > Lookup Tables > Grays)"
-            )
-        notes.append("palette is a lookup table; its indices are read as intensities")
+            raise Refused(picture.INDEXED)
+        notes.append(picture.LOOKUP_TABLE)
     if photometric == _MINISWHITE:
         notes.append("white is zero (MinIsWhite); values are as stored, not inverted")
     if bits not in (8, 16, 32):
@@ -162,7 +154,7 @@ def _check_segments(page: TiffPage, size: int) -> None:
     if len(segments) < expected:
         raise Refused(f"is damaged: it lists {len(segments)} of its {expected} strips or tiles")
     for offset, count in segments:
-        if offset <= 0 or count <= 0:
+        if isinstance(offset, float) or isinstance(count, float) or min(offset, count) <= 0:
             raise Refused("is damaged: a strip or tile has no data")
         _check_end(offset + count, size)
 
@@ -178,7 +170,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">HH", data, at + 5)
+            rows, columns = data[at + 5 : at + 7], data[at + 7 : at + 9]
+            return int.from_bytes(rows, "big"), int.from_bytes(columns, "big")
         at += 1 if marker == 0xFF else 2 + length
     return 0, 0
 
@@ -199,48 +192,47 @@ def _decode(page: TiffPage, file: BinaryIO) -> np.ndarray:
     return page.asarray(maxworkers=1)
 
 
-def _page_readers(
-    tif: TiffFile, series: TiffPageSeries, file: BinaryIO, indices: set[int]
-) -> Mapping[int, Callable[[], np.ndarray]]:
-    """Return, for each page asked for, a function that decodes it; all checks come before.
+def _page_reader(
+    tif: TiffFile, series: TiffPageSeries, file: BinaryIO, wanted: Collection[int]
+) -> Callable[[int], np.ndarray]:
+    """Return a function that decodes one of the wanted pages; all checks come before.
 
     Args:
       tif: the open file, as tifffile sees it.
       series: to read from.
       file: the open file.
-      indices: of pages in `series`.
+      wanted: indices of pages in `series`.
     """
     keyframe, size = series.keyframe, file_size(file)
-    page_count = math.prod(series.shape) // math.prod(keyframe.shape)
-    fewer = min(len(series), len(tif.pages)) < page_count
+    num_pages = math.prod(series.shape) // math.prod(keyframe.shape)
+    fewer = min(len(series), len(tif.pages)) < num_pages
     if fewer and series.dataoffset is not None and keyframe.parent is tif:
         # One page describes them all; their pixels follow one another (large ImageJ stacks, STK).
-        nbytes, dtype = keyframe.nbytes, keyframe.dtype.newbyteorder(tif.byteorder)
-        _check_end(series.dataoffset + page_count * nbytes, size)
+        dtype = keyframe.dtype.newbyteorder(tif.byteorder)
+        _check_end(series.dataoffset + num_pages * keyframe.nbytes, size)
 
-        def read_at(offset: int) -> np.ndarray:
-            file.seek(offset)
-            pixels = np.frombuffer(file.read(nbytes), dtype).reshape(keyframe.shape)
-            return pixels.astype(keyframe.dtype)
+        def read(k: int) -> np.ndarray:
+            file.seek(series.dataoffset + k * keyframe.nbytes)
+            pixels = np.frombuffer(file.read(keyframe.nbytes), dtype)
+            return pixels.reshape(keyframe.shape).astype(keyframe.dtype)
 
-        return {k: partial(read_at, series.dataoffset + k * nbytes) for k in indices}
+        return read
 
-    readers: dict[int, Callable[[], np.ndarray]] = {}
-    for k in indices:
+    pages = {}
+    for k in wanted:
         frame = series[k] if k < len(series) else None
         if frame is None or frame.parent is not tif:
             raise Refused(
-                f"lacks page {k} of the {page_count} it describes: it is one file of a set, or an "
+                f"lacks page {k} of the {num_pages} it describes: it is one file of a set, or an "
                 "acquisition that was cut short"
             )
         # A frame takes its layout from the first page on trust; the page itself is asked here.
-        page = frame if frame.is_virtual else frame.aspage()
+        page = pages[k] = frame if frame.is_virtual else frame.aspage()
         if (page.shape, page.dtype) != (keyframe.shape, keyframe.dtype):
             raise Refused(f"has pages of different sizes or types (page {k})")
         _check_page(page.keyframe)
         _check_segments(page, size)
-        readers[k] = partial(_decode, page, file)
-    return readers
+    return lambda k: _decode(pages[k], file)
 
 
 def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
@@ -253,10 +245,9 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     Raises:
       Refused: the axes leave a choice, the pixels are no intensities, or the file is damaged.
     """
-    size = file_size(file)
     _check_page_list(file)
     with _quiet():
-        tif = _open(file)
+        tif, size = _open(file), file_size(file)
         series = _choose_series(tif, plane)
         keyframe = series.keyframe
         notes = _check_page(keyframe)
@@ -264,33 +255,29 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
             raise Refused("stores scaled values (a gel scanner's format): export it as plain TIFF")
         if tif.pages[0].is_ome and series.kind != "ome":
             notes.append("OME metadata not used (a multi-file set?); only this file is read")
-        sizes = [
-            (a, n) for a, n in zip(series.axes, series.shape, strict=True) if n != 1 or a in "XY"
-        ]
-        axes, shape = "".join(a for a, _ in sizes), tuple(n for _, n in sizes)
+        named = zip(series.axes, series.shape, strict=True)
+        sizes = [(axis, n) for axis, n in named if n != 1 or axis in "XY"]
+        axes, shape = "".join(axis for axis, _ in sizes), tuple(n for _, n in sizes)
         inner = len(keyframe.shape)
-        page_count = math.prod(shape[:-inner])
-        if shape[-inner:] != keyframe.shape or not {"Y", "X"} <= set(axes[-inner:]):
+        if shape[-inner:] != keyframe.shape or not {*"YX"} <= {*axes[-inner:]}:
             raise Refused(f"has pages {keyframe.shape} that do not fit its axes {axes} {shape}")
-        if page_count > size:
-            raise Refused(f"is damaged: it describes {page_count} pages in {size} bytes")
+        if math.prod(shape[:-inner]) > size:
+            raise Refused(f"is damaged: it describes more pages ({by(shape)}) than it has bytes")
         selection = select(axes, shape, inner, plane)
         dtype = keyframe.dtype.newbyteorder("=")
         check_size(selection.shape, dtype, size)
         # A small image may claim a tile that is not.
         *_, rows, columns = keyframe.tile or (1, 1)
         check_size((rows, columns, keyframe.samplesperpixel), dtype, size)
-        readers = _page_readers(tif, series, file, {k for group in selection.pages for k in group})
+        read = _page_reader(tif, series, file, {k for pages in selection.pages for k in pages})
         height, width, channels = selection.shape
-        samples = channels // len(selection.pages)
-        channels -= int(samples > 1 and _has_alpha(keyframe))
+        channels -= channels > len(selection.pages) and _has_alpha(keyframe)
         tag = keyframe.tags.valueof(274, default=1)
 
     def decode() -> np.ndarray:
         with _quiet():
-            return selection.assemble(lambda k: readers[k]())[..., :channels]
+            return selection.assemble(read)[..., :channels]
 
     orientation = int(tag) if tag in range(1, 9) else 1
-    return Picture(
-        (height, width, channels), dtype, decode, orientation, (*notes, *selection.notes)
-    )
+    notes += selection.notes
+    return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
