@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxcells.data.images import FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
@@ -67,25 +68,26 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
         images that cannot be read: one message that names folders and counts.
     """
     root = Path(root).expanduser()
-    pattern = _compile(exclude)
     class_folders = _class_folders(root)
-    files = [(*c, path) for c in class_folders for path in _files_below(c[2])]
-    wanted = [f for f in files if not (exclude and pattern.search(_below(root, f[3])))]
-    found = [f for f in wanted if f[3].suffix.lower() in SUFFIXES]
-    foreign = [f[3] for f in wanted if f[3].suffix.lower() in FOREIGN]
+    files = [(c, path) for c in class_folders for path in _files_below(c.path, set())]
+    try:
+        wanted = [f for f in files if not (exclude and re.search(exclude, _below(root, f[1])))]
+    except re.error as error:
+        raise Error(f"data.exclude={exclude!r} is no regular expression: {error}") from None
+    found = [(c, path) for c, path in wanted if path.suffix.lower() in SUFFIXES]
+    foreign = [path for _, path in wanted if path.suffix.lower() in FOREIGN]
     strays = [path for path in root.iterdir() if path.is_file() and not is_hidden(path)]
-    strays += [f[3] for f in wanted if f[3].suffix.lower() not in {*SUFFIXES, *FOREIGN}]
-    for path in [*(c[2] for c in class_folders), *(f[3] for f in found)]:
-        _check_encoding(path)
+    strays += [p for _, p in wanted if p.suffix.lower() not in SUFFIXES | FOREIGN.keys()]
+    _check_encoding([*(c.path for c in class_folders), *(path for _, path in found)])
     if foreign:
+        suffix = foreign[0].suffix
         raise Error(
             f"{root}: files in a format that is not read: {_examples(root, foreign)}; "
-            f"{FOREIGN[foreign[0].suffix.lower()]}, or leave them out with "
-            f"data.exclude='\\{foreign[0].suffix}$'"
+            f"{FOREIGN[suffix.lower()]}, or leave them out with data.exclude='\\{suffix}$'"
         )
-    counts = collections.Counter(label for _, label, _, _ in found)
-    left_out = {f[2] for f in files} - {f[2] for f in wanted}
-    empty = [c[2] for c in class_folders if c[2] not in left_out | {f[2] for f in found}]
+    left_out = {c for c, _ in files} - {c for c, _ in wanted}
+    empty = [c.path for c in class_folders if c not in left_out | {c for c, _ in found}]
+    counts = collections.Counter(c.label for c, _ in found)
     if empty or not found:
         listed = some([f"{label}: {n}" for label, n in sorted(counts.items())]) or "none"
         raise Error(
@@ -93,34 +95,31 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
             f"images ({' '.join(sorted(SUFFIXES))}) or remove the folder{_sheet_hint(root)}"
         )
     if len(counts) < 2:
-        raise Error(_one_class(root, [f[3] for f in found]))
+        raise Error(_one_class(root, [path for _, path in found]))
     if exclude:
-        num_excluded = counted(len(files) - len(wanted), "file")
-        logger.info("left out by data.exclude=%s: %s", exclude, num_excluded)
+        num_left_out = counted(len(files) - len(wanted), "file")
+        logger.info("left out by data.exclude=%s: %s", exclude, num_left_out)
     if strays:
         logger.info("ignored, being no images: %s", _examples(root, strays))
 
-    infos = _inspect_all([path for _, _, _, path in found], root, plane)
+    infos = _inspect_all([path for _, path in found], root, plane)
     fields = []
-    for (split, label, folder, path), info in zip(found, infos, strict=True):
-        name = _below(root, path)
-        below = path.relative_to(folder).parts
+    for (c, path), info in zip(found, infos, strict=True):
+        name, below = _below(root, path), path.relative_to(c.path).parts
         channel = below[0] if len(below) > 1 else ""
-        fields.append(Field(path, label, channel, name, name, info, split))
+        fields.append(Field(path, c.label, channel, name, name, info, c.split))
     for warning in _mask_notes(fields):
         logger.warning(warning)
     return sorted(fields, key=lambda field: field.name)
 
 
-def _compile(exclude: str) -> re.Pattern[str]:
-    try:
-        return re.compile(exclude)
-    except re.error as error:
-        raise Error(f"data.exclude={exclude!r} is no regular expression: {error}") from None
+class _ClassFolder(NamedTuple):
+    split: str | None
+    label: str
+    path: Path
 
 
-def _class_folders(root: Path) -> list[tuple[str | None, str, Path]]:
-    """Returns split (None where the folder does not come split), class and path."""
+def _class_folders(root: Path) -> list[_ClassFolder]:
     if not root.is_dir():
         reason = "is a file, not a folder" if root.exists() else "does not exist"
         raise Error(f"{root}: the image folder {reason}; set data.root=FOLDER")
@@ -133,41 +132,40 @@ def _class_folders(root: Path) -> list[tuple[str | None, str, Path]]:
         )
     splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
     if len(set(splits.values())) < 2:
-        return [(None, label, root / label) for label in folders]
+        return [_ClassFolder(None, label, root / label) for label in folders]
     if len(folders) != len(SPLITS) or sorted(splits.values()) != sorted(SPLITS):
         raise Error(
-            f"{root}: {some(sorted(splits))} look like a split, for which a folder needs train, val "
-            f"and test and no other, and it has {some(folders)}; or else put the classes directly "
-            "below it to have them split"
+            f"{root}: {some(sorted(splits))} look like a split, which needs folders for train, val "
+            f"and test and no others, and there are {some(folders)}; rename them, or put the "
+            "classes directly below the root to have them split"
         )
-    classes = [_visible_folders(root / name) for name in folders]
-    somewhere, everywhere = set().union(*classes), set.intersection(*map(set, classes))
-    if somewhere != everywhere:
+    classes = {name: set(_visible_folders(root / name)) for name in folders}
+    labels = set().union(*classes.values())
+    uneven = {label for label in labels if not all(label in c for c in classes.values())}
+    if uneven:
         raise Error(
             f"{root}: train, val and test need the same class folders, and not all of them have "
-            f"{some(sorted(somewhere - everywhere))}"
+            f"{some(sorted(uneven))}"
         )
     return [
-        (splits[name], label, root / name / label)
+        _ClassFolder(splits[name], label, root / name / label)
         for name in folders
-        for label in sorted(everywhere)
+        for label in labels
     ]
 
 
 def _one_class(root: Path, paths: list[Path]) -> str:
     """Says what was found instead of two classes, and what to give."""
+    what = f"{root}: only one class, {paths[0].relative_to(root).parts[0]!r}"
     common = Path(os.path.commonpath([path.parent for path in paths]))
     inner = sorted({path.relative_to(common).parts[0] for path in paths})
-    what = f"{root}: only one class, {_below(root, paths[0]).split('/')[0]!r}"
-    if all(common / name not in paths for name in inner):
+    if common not in {path.parent for path in paths}:
         return (
             f"{what}; {common} holds {len(inner)} folders of images ({some(inner)}): if these are "
             f"the classes, give data.root={shlex.quote(str(common))}"
         )
-    return (
-        f"{what} with {counted(len(paths), 'image')}; a classifier needs at least two class "
-        f"folders{_sheet_hint(root)}"
-    )
+    images = counted(len(paths), "image")
+    return f"{what} with {images}; a classifier needs two class folders or more{_sheet_hint(root)}"
 
 
 def _sheet_hint(root: Path) -> str:
@@ -206,11 +204,16 @@ def usable_fields(
             for label in sorted(num_all)
             if num_all[label] != num_kept[label]
         ]
-        advice = _smaller_crop(fields, crop_size, border)
+        # What fits into nine of ten images of every class.
+        size = min(
+            sorted(min(_room(f.info, border)) for f in fields if f.label == label)[n // 10]
+            for label, n in num_all.items()
+        )
+        fits = f"data.crop_size={size} fits into at least nine of ten images of every class"
+        advice = f"; {fits}" if 0 < size < crop_size else ""
         if len(num_kept) < len(num_all):
-            raise Error(f"{some(notes)}; {advice}data.crop_size=0 uses the images whole")
-        if notes and advice:
-            notes[-1] += f"; {advice}".removesuffix(", ")
+            raise Error(f"{some(notes)}{advice}; data.crop_size=0 uses the images whole")
+        notes = [note + advice for note in notes]
     else:
         _check_uniform(kept, lambda f: f"{f.info.height}x{f.info.width} pixels", "size")
     _check_uniform(kept, lambda f: f"{f.info.channels}", "number of colour channels")
@@ -218,27 +221,15 @@ def usable_fields(
     return kept, notes
 
 
-def _smaller_crop(
-    fields: Sequence[Field], crop_size: int, border: tuple[int, int, int, int]
-) -> str:
-    """Names a crop that fits into nine of ten images of every class, where `crop_size` does not."""
+def _room(info: ImageInfo, border: tuple[int, int, int, int]) -> tuple[int, int]:
     top, right, bottom, left = border
-    sides = collections.defaultdict(list)
-    for field in fields:
-        rows, columns = field.info.height - top - bottom, field.info.width - left - right
-        sides[field.label].append(min(rows, columns))
-    size = min(sorted(values)[len(values) // 10] for values in sides.values())
-    if not 0 < size < crop_size:
-        return ""
-    return f"data.crop_size={size} fits into at least nine of ten images of every class, "
+    return info.height - top - bottom, info.width - left - right
 
 
 def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, int]) -> int:
     """Returns in how many places a square crop fits into an image inside its border."""
-    top, right, bottom, left = border
-    rows = info.height - top - bottom - crop_size + 1
-    columns = info.width - left - right - crop_size + 1
-    return max(rows, 0) * max(columns, 0)
+    rows, columns = _room(info, border)
+    return max(rows - crop_size + 1, 0) * max(columns - crop_size + 1, 0)
 
 
 def image_notes(fields: Sequence[Field]) -> list[str]:
@@ -265,14 +256,12 @@ def _mask_notes(fields: Sequence[Field]) -> list[str]:
 
 
 def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:
-    examples: dict[str, Field] = {}
-    counts: collections.Counter[str] = collections.Counter()
+    names = collections.defaultdict(list)
     for field in fields:
-        value = describe(field)
-        examples.setdefault(value, field)
-        counts[value] += 1
-    if len(counts) > 1:
-        listed = some([f"{n} with {v}, e.g. {examples[v].name}" for v, n in counts.most_common()])
+        names[describe(field)].append(field.name)
+    if len(names) > 1:
+        largest = sorted(names.items(), key=lambda item: -len(item[1]))
+        listed = some([f"{len(n)} with {value}, e.g. {n[0]}" for value, n in largest])
         raise Error(
             f"the images differ in {what}: {listed}; convert them to one kind, since a network "
             "would learn the difference instead of the cells"
@@ -290,32 +279,27 @@ def _inspect_all(paths: list[Path], root: Path, plane: str) -> list[ImageInfo]:
     errors = [result for result in results if isinstance(result, ImageError)]
     if errors:
         more = f" (and {len(errors) - 1} more of {len(paths)} images under {root})"
-        raise Error(f"{errors[0]}{more if len(errors) > 1 else ''}") from errors[0]
+        raise Error(f"{errors[0]}{more * (len(errors) > 1)}") from errors[0]
     return [result for result in results if isinstance(result, ImageInfo)]
 
 
-def _check_encoding(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
+def _check_encoding(paths: Sequence[Path]) -> None:
+    for path in paths:
         name = str(path).encode("utf-8", "backslashreplace").decode()
-        raise Error(f"{name}: the name is not valid UTF-8; rename the file or folder") from None
+        if name != str(path):
+            raise Error(f"{name}: the name is not valid UTF-8; rename the file or folder")
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
     """Yields all visible files below `folder`, following links but never in a circle."""
-    seen = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(n for n in subfolders if not is_hidden(Path(n)))
-        for name in sorted(names):
-            path = Path(directory, name)
-            if not is_hidden(path):
-                yield path
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not is_hidden(path):
+            yield from _files_below(path, seen)
+        elif not is_hidden(path):
+            yield path
 
 
 def _visible_folders(folder: Path) -> list[str]:

@@ -46,7 +46,7 @@ def parse_plane(text: str) -> dict[str, int | str]:
         are as channels. Empty: nothing is chosen.
 
     Returns:
-      Index, "max" or "mean" by axis; "C" under "I" for "I=C".
+      Index, "max" or "mean" by axis; "c" under "I" for "I=C".
 
     Raises:
       Error: the text is not of this form.
@@ -63,8 +63,6 @@ def parse_plane(text: str) -> dict[str, int | str]:
                 f"data.plane=Z=3,T=0 (axes: {', '.join(AXES)}, series; I=C reads pages as channels)"
             )
         plane[axis] = int(value) if value.isdecimal() else value.lower()
-    if plane.get("I") == "c":
-        plane["I"] = "C"
     if _PROJECTIONS.keys() <= set(plane.values()):
         raise Error(f"data.plane={text}: use either max or mean, for the order would matter")
     return plane
@@ -145,7 +143,7 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     kept = [k for k, axis in enumerate(axes) if axis == "S"]
     if not kept and "C" not in plane:
         kept = named["C"]
-    if not kept and plane.get("I") == "C":
+    if not kept and plane.get("I") == "c":
         kept = named["I"]
 
     chosen: dict[int, int] = {}
