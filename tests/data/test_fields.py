@@ -99,15 +99,12 @@ def test_wrong_folders_are_named_with_what_to_do(tmp_path, layout, text):
             (tmp_path / name).rmdir()
             (tmp_path / name).write_text("name,label")
     write_folder(tmp_path, layout)
+    with pytest.raises(Error, match=r"nothing: .*does not exist; set data\.root"):
+        find_fields(tmp_path / "nothing")
     with pytest.raises(Error, match=text) as error:
         find_fields(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_missing_root_names_the_key(tmp_path):
-    with pytest.raises(Error, match=r"does not exist; set data\.root"):
-        find_fields(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("suffix", sorted(FOREIGN))
@@ -140,12 +137,8 @@ def test_masks_beside_their_images_are_named_with_the_pattern_that_leaves_them_o
     assert note.startswith("4 images named as masks of others beside them (A/field0_mask.png, A/f")
     pattern = re.search("data.exclude='(.*)'", note)[1]
     remaining = find_fields(tmp_path, exclude=pattern)
-    assert names(remaining) == [
-        "A/field0.png",
-        "A/field1.png",
-        "B/field0.png",
-        "B/unmasked.png",
-    ]
+    files = ["A/field0.png", "A/field1.png", "B/field0.png", "B/unmasked.png"]
+    assert names(remaining) == files
     assert image_notes(remaining) == []
 
 

@@ -1,15 +1,12 @@
 """What holds for files of every format, damaged ones among them."""
 
+import contextlib
 import logging
 import os
 import struct
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -19,7 +16,6 @@ from jaxcells.data.images import (
     FOREIGN,
     SUFFIXES,
     ImageError,
-    ImageInfo,
     inspect_image,
     read_image,
     write_crop,
@@ -59,34 +55,20 @@ def test_truncated_files_are_refused_or_whole(tmp_path):
 
 
 def test_mutated_files_are_refused_cleanly_or_read_as_inspected(tmp_path):
-    (tmp_path / "examples").mkdir()
-    write_examples(tmp_path / "examples")
-    # In a process of its own: imagecodecs' LZW decoder, left out, and its like may crash.
-    code = """
-        import sys
-        from pathlib import Path
-        import numpy as np
-        from jaxcells.data.images import ImageError, inspect_image, read_image
-        rng = np.random.default_rng(0)
-        examples = [p for p in sorted(Path(sys.argv[1]).iterdir()) if p.name != "lzw.tif"]
-        for number in range(1500):
-            path = examples[number % len(examples)]
-            data = bytearray(path.read_bytes())
-            for _ in range(rng.integers(1, 6)):
-                limit = len(data) if number % 3 else min(len(data), 400)
-                data[rng.integers(limit)] = rng.choice([0, 1, 255, rng.integers(256)])
-            mutated = Path(sys.argv[1]).with_name(path.name)
-            mutated.write_bytes(data)
-            try:
-                pixels = read_image(mutated)
-            except ImageError:
-                continue
-            info = inspect_image(mutated)
-            assert pixels.shape == (info.height, info.width, info.channels), number
-    """
-    run = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "examples")]
-    result = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+    rng = np.random.default_rng(0)
+    # imagecodecs' LZW decoder may crash on mutations.
+    examples = [path for path in write_examples(tmp_path) if path.name != "lzw.tif"]
+    originals = [path.read_bytes() for path in examples]
+    for number in range(600):
+        path = examples[number % len(examples)]
+        data = bytearray(originals[number % len(examples)])
+        for _ in range(rng.integers(1, 6)):
+            limit = len(data) if number % 3 else min(len(data), 400)
+            data[rng.integers(limit)] = rng.choice([0, 1, 255, rng.integers(256)])
+        path.write_bytes(data)
+        with contextlib.suppress(ImageError):
+            pixels, info = read_image(path), inspect_image(path)
+            assert pixels.shape == (info.height, info.width, info.channels)
 
 
 def test_a_bug_of_ours_is_no_damaged_file(tmp_path, monkeypatch):
@@ -95,13 +77,9 @@ def test_a_bug_of_ours_is_no_damaged_file(tmp_path, monkeypatch):
         patch.delattr(tifffile.TiffPageSeries, "axes")
         with pytest.raises(AttributeError, match="axes"):
             read_image(paths["zlib.tif"])
-    with monkeypatch.context() as patch:
-        patch.setattr(tifffile.TiffPage, "asarray", lambda page: 0)  # takes no maxworkers
-        with pytest.raises(TypeError, match="maxworkers"):
-            read_image(paths["zlib.tif"])
-    monkeypatch.setattr(imagecodecs, "png_decode", None)
-    with pytest.raises(TypeError, match="not callable"):
-        read_image(paths["a.png"])
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda page: 0)  # takes no maxworkers
+    with pytest.raises(TypeError, match="maxworkers"):
+        read_image(paths["zlib.tif"])
 
 
 def test_files_that_are_no_images(tmp_path):
@@ -117,7 +95,6 @@ def test_files_that_are_no_images(tmp_path):
         "empty.tif": (b"II*\0" + bytes(8), "has no pages"),
         "stub.bmp": (b"BM", "damaged or cut short"),
         "cells.czi": (b"ZISRAWFILE\0\0\0\0\0\0", "CZI file, which is not read: export"),
-        "cells.LIF": (b"p\0\0\0", "LIF file, which is not read: export"),
         "photo.heic": (b"\0\0\0\x18ftypheic", "HEIC file, which is not read: save it as PNG"),
         "raw.dng": (b"II*\0\x08\0\0\0", "DNG file, which is not read"),
     }
@@ -130,14 +107,6 @@ def test_files_that_are_no_images(tmp_path):
 def test_named_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     assert_refused(tmp_path / "a.png", "not an image file")
-
-
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read all")
-def test_permission_denied(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"x")
-    path.chmod(0)
-    assert_refused(path, "permission denied")
 
 
 def test_content_decides_and_a_wrong_name_is_noted(tmp_path):
@@ -185,7 +154,6 @@ def test_crops_come_back_unchanged(tmp_path, dtype, channels):
         png = (dtype, channels) in (("uint8", 1), ("uint8", 3), ("uint16", 1))
         assert path == tmp_path / f"plate 1.5_[0001]{'.png' if png else '.tif'}"
         assert_reads(path, crop)
-        assert inspect_image(path) == ImageInfo(*crop.shape, dtype, ())
 
 
 def test_crops_from_views_and_extremes(tmp_path):

@@ -171,13 +171,6 @@ def test_bmp_is_read(tmp_path):
     assert_refused(path, "1-bit", "mask")
 
 
-def test_limit_of_pillow_does_not_apply(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    for name in ("a.png", "a.jpg", "a.bmp"):
-        Image.new("L", (64, 64), 7).save(tmp_path / name)
-        assert read_image(tmp_path / name).mean() == 7
-
-
 def test_declared_size_is_capped_before_anything_is_allocated(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(png_bytes(60000, 60000, 8, 2, [b"\0"]))
@@ -186,6 +179,7 @@ def test_declared_size_is_capped_before_anything_is_allocated(tmp_path, monkeypa
     assert_refused(path, "20000x20000x3", f"in a file of {path.stat().st_size} bytes")
     path.write_bytes(png_bytes(0, 5, 8, 0, [b"\0"]))
     assert_refused(path, "has no pixels")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own limit does not apply
     pixels = random_pixels((20, 10, 1))
     for suffix in ("bmp", "png", "tif", "jpg"):
         path = tmp_path / f"a.{suffix}"
