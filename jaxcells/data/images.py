@@ -19,7 +19,7 @@ from jaxcells.data.planes import parse_plane as parse_plane
 from jaxcells.data.raster import open_bmp, open_jpeg, open_png
 from jaxcells.data.tiff import open_tiff
 from jaxcells.files import Error
-from jaxcells.text import one_line
+from jaxcells.text import by, one_line
 
 # Of each format the first bytes and the suffixes.
 _FORMATS = {
@@ -110,10 +110,7 @@ def read_image(path: str | os.PathLike[str], *, plane: str = "") -> np.ndarray:
     with _opened(path, plane) as picture:
         pixels = picture.decode()
         if (pixels.shape, pixels.dtype) != (picture.shape, picture.dtype):
-            raise Refused(
-                f"is damaged: its header says {picture.shape} {picture.dtype}, its pixels are "
-                f"{pixels.shape} {pixels.dtype}"
-            )
+            raise Refused(f"is damaged: it has {by(pixels.shape)} pixels, unlike its header")
         if picture.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise Refused("has NaN or infinite pixels: replace them, then save it again")
         return np.ascontiguousarray(orient(pixels, picture.orientation))
@@ -194,13 +191,9 @@ def _open_format(file: BinaryIO, suffix: str, plane: Plane) -> Picture:
     if suffix in FOREIGN and kind in ("", "TIFF"):
         raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {FOREIGN[suffix]}")
     if not kind:
-        is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
-        what = "text" if is_text else "something else"
-        raise Refused(f"is no PNG, JPEG, TIFF or BMP image but {what}; it begins with {head!r}")
-    if kind == "TIFF":
-        picture = open_tiff(file, plane)
-    else:
-        picture = {"PNG": open_png, "JPEG": open_jpeg, "BMP": open_bmp}[kind](file)
+        raise Refused(f"is no PNG, JPEG, TIFF or BMP image: it begins with {head!r}")
+    open_raster = {"PNG": open_png, "JPEG": open_jpeg, "BMP": open_bmp}.get(kind)
+    picture = open_raster(file) if open_raster else open_tiff(file, plane)
     notes = picture.notes
     if picture.orientation > 1:
         notes += (f"turned as its orientation tag says ({picture.orientation})",)

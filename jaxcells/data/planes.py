@@ -189,11 +189,8 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
 def _choice(left: Mapping[str, int], *, pages_may_be_channels: bool) -> str:
     """Say which axes are left to choose on, and how to."""
     has = " and ".join(f"{size} {AXES[axis]} (axis {axis})" for axis, size in left.items())
-    first = ",".join(f"{axis}=0" for axis in left)
-    largest = ",".join(f"{axis}=max" for axis in left)
-    what = "one" if len(left) == 1 else "one of each"
+    first, largest = (",".join(f"{axis}={what}" for axis in left) for what in ("0", "max"))
+    one = "one" if len(left) == 1 else "one of each"
     also = ", or read them as channels with data.plane=I=C" * pages_may_be_channels * ("I" in left)
-    return (
-        f"has {has}: choose {what} with data.plane={first} (indices begin at 0), or take the "
-        f"maximum with data.plane={largest}{also}"
-    )
+    how = f"with data.plane={first} (indices begin at 0)"
+    return f"has {has}: choose {one} {how}, or take the maximum with data.plane={largest}{also}"

@@ -87,8 +87,8 @@ def test_files_that_are_no_images(tmp_path):
     assert_refused(tmp_path, "is a folder")
     contents = {
         "empty.png": (b"", "is empty"),
-        "text.png": (b"<!DOCTYPE html><html>", "but text"),
-        "noise.tif": (bytes(range(200, 250)), "is no PNG, JPEG, TIFF or BMP"),
+        "text.png": (b"<!DOCTYPE html><html>", "image: it begins with b'<!DOC"),
+        "noise.tif": (bytes(range(200, 250)), "is no PNG, JPEG, TIFF or BMP image"),
         "stub.png": (b"\x89PNG\r\n\x1a\n", "truncated"),
         "stub.jpg": (b"\xff\xd8\xff\xe0", "damaged or cut short"),
         "stub.tif": (b"II*\0", "is truncated"),
