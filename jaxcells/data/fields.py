@@ -246,7 +246,7 @@ def _mask_notes(fields: Sequence[Field]) -> list[str]:
     if not matches:
         return []
     endings = "|".join(sorted({match[2] for match in matches}))
-    pattern = rf"({endings})\." if "|" in endings else rf"{endings}\."
+    pattern = rf"({endings})\."
     masks = [field.name for field in fields if re.search(pattern, field.name)]
     return [
         f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) are "

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import BinaryIO
 
 import imagecodecs
@@ -42,21 +41,6 @@ def _take_levels(levels: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return levels[indices][..., None]
 
 
-def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, offset and length of each chunk, reading none of them."""
-    size = file_size(file)
-    position = len(_PNG_SIGNATURE)
-    kind = b""
-    while kind != b"IEND":
-        file.seek(position)
-        head = file.read(8)
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if position + 12 + length > size:
-            raise Refused(f"is truncated or damaged: its chunks do not end within {size} bytes")
-        yield kind, position + 8, length
-        position += 12 + length
-
-
 def open_png(file: BinaryIO) -> Picture:
     """Open a PNG file.
 
@@ -65,6 +49,7 @@ def open_png(file: BinaryIO) -> Picture:
     Raises:
       Refused: it is a mask, indexed colours, an animation, too large or truncated.
     """
+    size = file_size(file)
 
     def read(offset: int, length: int) -> bytes:
         file.seek(offset)
@@ -72,11 +57,17 @@ def open_png(file: BinaryIO) -> Picture:
 
     critical: list[tuple[int, int]] = []
     found: dict[bytes, bytes] = {}
-    for kind, offset, length in _png_chunks(file):
+    position, kind = len(_PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        head = read(position, 8)
+        length, kind = 12 + int.from_bytes(head[:4], "big"), head[4:]
+        if position + length > size:
+            raise Refused(f"is truncated or damaged: its chunks do not end within {size} bytes")
         if kind in (b"IHDR", b"PLTE", b"eXIf", b"acTL"):
-            found[kind] = read(offset, length)
+            found[kind] = read(position + 8, length - 12)
         if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            critical.append((offset - 8, length + 12))
+            critical.append((position, length))
+        position += length
     header = found.get(b"IHDR", b"")
     if len(header) != 13:
         raise Refused("is damaged: it has no header")
@@ -89,7 +80,7 @@ def open_png(file: BinaryIO) -> Picture:
 
     dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
     stored = _PNG_CHANNELS[colour]
-    check_size((height, width, stored), dtype, file_size(file))
+    check_size((height, width, stored), dtype, size)
     if depth == 1:
         picture.check_dtype(np.dtype(bool))
     has_alpha = colour in (4, 6)

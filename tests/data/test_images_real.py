@@ -52,35 +52,6 @@ def test_every_file_reads_as_tifffile_says_or_is_refused(name, capfd):
     np.testing.assert_array_equal(pixels, expected, strict=True)
 
 
-READ = {
-    "xyc_16bit__hela-cells.tif": ("uint16", (512, 672, 3), 0, 4095),
-    "xyc_8bit__tub_h2b_cecog_battery.tif": ("uint8", (1040, 1392, 2), 0, 255),
-    "xy_8bit__nup_bgsubtracted.tif": ("float32", (512, 512, 1), -5, 202),
-    "cell.png": ("uint8", (660, 550, 1), 0, 255),
-    "tiff_tiled_planar_16bit_RGBa.tiff": ("uint16", (40, 100, 3), 0, 39661),
-    "hopper_gray_4bpp.tif": ("uint8", (128, 128, 1), 1, 13),
-}
-REFUSED = {
-    "xyzc_16bit__spots.tif": "17 z-planes (axis Z): choose one with data.plane=Z=0",
-    "xy_8bit_labels__nuclei.tif": "indexed colours (a label image",
-    "libtiff_segfault.tif": "declares 900x65535x65535 uint8 pixels",
-    "old-style-jpeg-compression.tif": "old-style JPEG",
-    "hopper_g4_500.tif": "is a 1-bit image, a mask",
-    "multipage-mmap.tiff": "2 separate images (IYX 2x10x10, YX 20x20)",
-    "truncated_jpeg.jpg": "truncated",
-}
-
-
-@pytest.mark.parametrize("name", [*READ, *REFUSED])
-def test_telling_files(name):
-    path = next(path for path in FORMATS.glob("*/*") if path.name == name)
-    if name in REFUSED:
-        assert_refused(path, REFUSED[name], inspect=False)
-        return
-    pixels = read_image(path)
-    assert (pixels.dtype, pixels.shape, pixels.min(), pixels.max()) == READ[name]
-
-
 def test_planes_of_real_stacks():
     path = FORMATS / "microscopy/xyzc_16bit__spots.tif"
     stack = tifffile.imread(path).transpose(0, 2, 3, 1)
@@ -90,7 +61,7 @@ def test_planes_of_real_stacks():
     assert_reads(path, means, plane="Z=mean", notes=["mean over 17 z-planes"])
 
 
-def test_no_file_prints_warns_or_takes_much_memory():
+def test_36_files_are_read_and_none_prints_warns_or_takes_much_memory():
     """All files in one fresh interpreter, 600 MB of address space above its imports."""
     pytest.importorskip("resource")
     code = """
@@ -100,12 +71,15 @@ from jaxcells.data.images import ImageError, read_image
 warnings.simplefilter("error")
 pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc").exists() else 2**18
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 600 * 2**20,) * 2)
+num_read = 0
 for path in sorted(Path(sys.argv[1]).glob("*/*")):
     try:
         read_image(path)
+        num_read += 1
     except ImageError as error:
         assert "memory" not in str(error), error
+print(num_read)
 """
     run = [sys.executable, "-c", code, str(FORMATS)]
     result = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "36\n", "")
