@@ -17,7 +17,7 @@ from jaxcells.data.picture import Picture, Refused, orient
 from jaxcells.data.planes import Plane
 from jaxcells.data.planes import parse_plane as parse_plane
 from jaxcells.data.raster import open_bmp, open_jpeg, open_png
-from jaxcells.data.tiff import open_tiff
+from jaxcells.data.tiff import open_tiff, quiet
 from jaxcells.files import Error
 from jaxcells.text import by, one_line
 
@@ -154,7 +154,7 @@ def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
         # Opening a named pipe would wait for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("is a folder or a device, not an image file")
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, quiet():
             yield _open_format(file, Path(name).suffix.lower(), chosen)
     except Refused as error:
         raise ImageError(f"{name}: {error}") from None

@@ -25,7 +25,8 @@ logging.getLogger("tifffile").addFilter(lambda record: not _reading.get())
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keeps tifffile and NumPy from speaking about a file that this thread reads."""
     token = _reading.set(True)
     try:
         with np.errstate(all="ignore"):  # MetaMorph tags may hold the fraction 0/0
@@ -246,38 +247,36 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
       Refused: the axes leave a choice, the pixels are no intensities, or the file is damaged.
     """
     _check_page_list(file)
-    with _quiet():
-        tif, size = _open(file), file_size(file)
-        series = _choose_series(tif, plane)
-        keyframe = series.keyframe
-        notes = _check_page(keyframe)
-        if series.transform is not None:
-            raise Refused("stores scaled values (a gel scanner's format): export it as plain TIFF")
-        if tif.pages[0].is_ome and series.kind != "ome":
-            notes.append("OME metadata not used (a multi-file set?); only this file is read")
-        named = zip(series.axes, series.shape, strict=True)
-        sizes = [(axis, n) for axis, n in named if n != 1 or axis in "XY"]
-        axes, shape = "".join(axis for axis, _ in sizes), tuple(n for _, n in sizes)
-        inner = len(keyframe.shape)
-        if shape[-inner:] != keyframe.shape or not {*"YX"} <= {*axes[-inner:]}:
-            raise Refused(f"has pages {keyframe.shape} that do not fit its axes {axes} {shape}")
-        if math.prod(shape[:-inner]) > size:
-            raise Refused(f"is damaged: it describes more pages ({by(shape)}) than it has bytes")
-        selection = select(axes, shape, inner, plane)
-        dtype = keyframe.dtype.newbyteorder("=")
-        check_size(selection.shape, dtype, size)
-        # A small image may claim a tile that is not.
-        *_, rows, columns = keyframe.tile or (1, 1)
-        check_size((rows, columns, keyframe.samplesperpixel), dtype, size)
-        read = _page_reader(tif, series, file, {k for pages in selection.pages for k in pages})
-        height, width, channels = selection.shape
-        channels -= channels > len(selection.pages) and _has_alpha(keyframe)
-        tag = keyframe.tags.valueof(274, default=1)
-
-    def decode() -> np.ndarray:
-        with _quiet():
-            return selection.assemble(read)[..., :channels]
-
-    orientation = int(tag) if tag in range(1, 9) else 1
-    notes += selection.notes
-    return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
+    tif, size = _open(file), file_size(file)
+    series = _choose_series(tif, plane)
+    keyframe = series.keyframe
+    notes = _check_page(keyframe)
+    if series.transform is not None:
+        raise Refused("stores scaled values (a gel scanner's format): export it as plain TIFF")
+    if tif.pages[0].is_ome and series.kind != "ome":
+        notes.append("OME metadata not used (a multi-file set?); only this file is read")
+    named = zip(series.axes, series.shape, strict=True)
+    sizes = [(axis, n) for axis, n in named if n != 1 or axis in "XY"]
+    axes, shape = "".join(axis for axis, _ in sizes), tuple(n for _, n in sizes)
+    inner = len(keyframe.shape)
+    if shape[-inner:] != keyframe.shape or not {*"YX"} <= {*axes[-inner:]}:
+        raise Refused(f"has pages {keyframe.shape} that do not fit its axes {axes} {shape}")
+    if math.prod(shape[:-inner]) > size:
+        raise Refused(f"is damaged: it describes more pages ({by(shape)}) than it has bytes")
+    selection = select(axes, shape, inner, plane)
+    dtype = keyframe.dtype.newbyteorder("=")
+    check_size(selection.shape, dtype, size)
+    # A small image may claim a tile that is not.
+    *_, rows, columns = keyframe.tile or (1, 1)
+    check_size((rows, columns, keyframe.samplesperpixel), dtype, size)
+    read = _page_reader(tif, series, file, {k for pages in selection.pages for k in pages})
+    height, width, channels = selection.shape
+    channels -= channels > len(selection.pages) and _has_alpha(keyframe)
+    tag = keyframe.tags.valueof(274, default=1)
+    return Picture(
+        shape=(height, width, channels),
+        dtype=dtype,
+        decode=lambda: selection.assemble(read)[..., :channels],
+        orientation=int(tag) if tag in range(1, 9) else 1,
+        notes=(*notes, *selection.notes),
+    )
