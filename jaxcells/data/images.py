@@ -163,7 +163,7 @@ def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             reason = f"cannot be opened: {os.strerror(error.errno).lower()}"
-        elif _is_of_decoder(error):
+        elif _is_damage(error):
             detail = one_line(f"{type(error).__name__}: {error}")[:160]
             reason = f"cannot be decoded, it is probably damaged or cut short ({detail})"
         else:
@@ -171,12 +171,14 @@ def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
         raise ImageError(f"{name}: {reason}") from error
 
 
-def _is_of_decoder(error: Exception) -> bool:
-    """Tell what a decoder raised from a bug of ours, which no line of a decoder was part of.
+def _is_damage(error: Exception) -> bool:
+    """Tell what damaged data make decoders raise, which is nearly anything, from a bug of ours.
 
-    On damaged files decoders raise nearly anything: OSError, struct.error, KeyError, TypeError.
-    A name that a decoder no longer has fails in our line that asks for it.
+    A wrong name, attribute or type is our bug where no line of a decoder was part of it: what a
+    decoder no longer has fails in our line that asks for it.
     """
+    if not isinstance(error, (AttributeError, NameError, TypeError)):
+        return True
     lines = traceback.extract_tb(error.__traceback__)
     return any(_DECODERS.intersection(Path(line.filename).parts) for line in lines)
 

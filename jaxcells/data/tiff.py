@@ -128,6 +128,9 @@ def _check_page(page: TiffPage) -> list[str]:
         what = f"{bits}-bit samples of format {page.sampleformat!r}"
         raise Refused(f"has {what}: convert it to 8-bit or 16-bit unsigned, or float32")
     picture.check_dtype(page.dtype)
+    numbers = (page.samplesperpixel, page.rowsperstrip, *page.shape, *(page.tile or ()))
+    if not all(isinstance(number, int) for number in numbers):
+        raise Refused("is damaged: a size in its tags is no whole number")
     if photometric not in (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE) and not is_jpeg_colour:
         name = "CMYK" if photometric == _CMYK else getattr(photometric, "name", photometric)
         raise Refused(f"has {name} colours: convert it to grey or RGB")

@@ -155,12 +155,14 @@ def write_stk(path, stack):
     options = {"extratags": tags, "metadata": None, "rowsperstrip": height}
     write(path, stack.reshape(-1, stack.shape[-1]), **options)
     with tifffile.TiffFile(path) as tif:
-        tags = {tag.code: (tag.offset, tag.value) for tag in tif.pages[0].tags}
+        tags = tif.pages[0].tags
+        places = {code: tags[code].offset for code in (257, 273, 279, 33628, 33629)}
+        values = {code: tags[code].value[0] for code in (273, 279)}
     for code, count in ((33628, 4), (33629, planes)):
-        overwrite(path, tags[code][0] + 4, struct.pack("<I", count))
-    overwrite(path, tags[257][0] + 8, struct.pack("<I", height))
-    for code in (273, 279):
-        overwrite(path, tags[code][0] + 2, struct.pack("<HII", 4, 1, tags[code][1][0]))
+        overwrite(path, places[code] + 4, struct.pack("<I", count))
+    overwrite(path, places[257] + 8, struct.pack("<I", height))
+    for code, value in values.items():
+        overwrite(path, places[code] + 2, struct.pack("<HII", 4, 1, value))
 
 
 def test_metamorph_stack(tmp_path):
