@@ -97,8 +97,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
     if len(counts) < 2:
         raise Error(_one_class(root, [path for _, path in found]))
     if exclude:
-        num_left_out = counted(len(files) - len(wanted), "file")
-        logger.info("left out by data.exclude=%s: %s", exclude, num_left_out)
+        logger.info("data.exclude=%s leaves out %d files", exclude, len(files) - len(wanted))
     if strays:
         logger.info("ignored, being no images: %s", _examples(root, strays))
 
@@ -108,6 +107,9 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
         name, below = _below(root, path), path.relative_to(c.path).parts
         channel = below[0] if len(below) > 1 else ""
         fields.append(Field(path, c.label, channel, name, name, info, c.split))
+    channels = sorted({field.channel for field in fields} - {""})
+    if channels:
+        logger.info("classes: %s; channels in them: %s", some(sorted(counts)), some(channels))
     for warning in _mask_notes(fields):
         logger.warning(warning)
     return sorted(fields, key=lambda field: field.name)
@@ -135,9 +137,9 @@ def _class_folders(root: Path) -> list[_ClassFolder]:
         return [_ClassFolder(None, label, root / label) for label in folders]
     if len(folders) != len(SPLITS) or sorted(splits.values()) != sorted(SPLITS):
         raise Error(
-            f"{root}: {some(sorted(splits))} look like a split, which needs folders for train, val "
-            f"and test and no others, and there are {some(folders)}; rename them, or put the "
-            "classes directly below the root to have them split"
+            f"{root}: {some(sorted(splits))} look like a split, which needs the folders train, val "
+            f"and test and no other; there are {some(folders)}: rename them, or put the classes "
+            "directly below the root to have them split"
         )
     classes = {name: set(_visible_folders(root / name)) for name in folders}
     labels = set().union(*classes.values())
@@ -172,7 +174,7 @@ def _sheet_hint(root: Path) -> str:
     sheets = [p.name for p in root.iterdir() if p.suffix.lower() in _SHEETS and not is_hidden(p)]
     if not sheets:
         return ""
-    return f"; labels in sheets such as {sheets[0]} are not read yet: one folder per class is"
+    return f"; labels in sheets such as {sheets[0]} are not read yet: make a folder per class"
 
 
 def usable_fields(
@@ -296,7 +298,7 @@ def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
         return
     seen.add(folder.resolve())
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not is_hidden(path):
+        if path.is_dir() and path.suffix.lower() not in FOREIGN and not is_hidden(path):
             yield from _files_below(path, seen)
         elif not is_hidden(path):
             yield path

@@ -276,10 +276,10 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     height, width, channels = selection.shape
     channels -= channels > len(selection.pages) and _has_alpha(keyframe)
     tag = keyframe.tags.valueof(274, default=1)
-    return Picture(
-        shape=(height, width, channels),
-        dtype=dtype,
-        decode=lambda: selection.assemble(read)[..., :channels],
-        orientation=int(tag) if tag in range(1, 9) else 1,
-        notes=(*notes, *selection.notes),
-    )
+    orientation = int(tag) if tag in range(1, 9) else 1
+    notes += selection.notes
+
+    def decode() -> np.ndarray:
+        return selection.assemble(read)[..., :channels]
+
+    return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
