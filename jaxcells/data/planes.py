@@ -90,21 +90,28 @@ class Selection:
     projection: str
     notes: tuple[str, ...]
 
-    def assemble(self, read: Callable[[int], np.ndarray]) -> np.ndarray:
-        """Return the picture [H, W, C] in the type of its pages; planes are read one by one.
+    def assemble(self, read: Callable[[int], np.ndarray], dtype: np.dtype) -> np.ndarray:
+        """Return the picture [H, W, C]; planes are read one by one.
 
         Args:
           read: returns the pixels of a page.
+          dtype: of its pages and of the picture.
         """
         height, width, channels = self.shape
-        size = (-1, height, width, channels // len(self.pages))
+        samples = channels // len(self.pages)
+        size = (-1, height, width, samples)
 
         def planes(pages: Sequence[int]) -> Iterator[np.ndarray]:
             for page in pages:
                 yield from read(page)[self.index].transpose(self.order).reshape(size)
 
-        parts = [_project(planes(pages), self.projection) for pages in self.pages]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        parts = (_project(planes(pages), self.projection) for pages in self.pages)
+        if len(self.pages) == 1:
+            return next(parts)
+        pixels = np.empty(self.shape, dtype)
+        for k, part in enumerate(parts):
+            pixels[..., k * samples : (k + 1) * samples] = part
+        return pixels
 
 
 def _project(planes: Iterator[np.ndarray], projection: str) -> np.ndarray:

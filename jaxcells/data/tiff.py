@@ -280,6 +280,6 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     notes += selection.notes
 
     def decode() -> np.ndarray:
-        return selection.assemble(read)[..., :channels]
+        return selection.assemble(read, dtype)[..., :channels]
 
     return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
