@@ -8,30 +8,25 @@ import collections
 import dataclasses
 import logging
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from jaxcells.data.images import SUFFIXES, ImageError, ImageInfo, inspect_image
+from jaxcells.data.images import FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
+from jaxcells.text import counted, some
 
 logger = logging.getLogger("jaxcells")
 
 SPLITS = ("train", "val", "test")
-_SIDE_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-# Written by microscopes: leaving them out unasked would drop somebody's data.
-_UNREAD_FORMATS = (
-    *(".czi", ".nd2", ".lif", ".lsm", ".oib", ".oif", ".vsi", ".scn", ".svs", ".ims", ".mrxs"),
-    *(".ndpi", ".dv", ".zvi", ".heic", ".heif", ".webp", ".gif", ".jp2", ".dcm", ".zarr"),
-)
+_SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+_SPLIT_OF = {name: names[0] for names in _SPLIT_NAMES for name in names}
+# How programs name the outlines of 0.png: 0_mask.png, 0_cp_masks.png, 0-seg.tif, 0_labels.png.
+_MASK = re.compile(r"(.+?)([-_. ](?:cp_)?(?:masks?|seg|labels?|rois?))", re.IGNORECASE)
+_SHEETS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Field:
       path: the file.
       label: name of the class: the first folder below the root.
       channel: the first folder below the class; "" where images lie in the class folder itself.
-      group: what must not stand on two sides of a split. `find_fields` sets it to `name`.
+      group: what must stand in one split alone. `find_fields` sets it to `name`.
       name: path below the root with forward slashes: the identity of the field in seeds and tables.
       info: size, channels and dtype.
       split: "train", "val" or "test" where the folder came split, else None.
@@ -57,7 +52,7 @@ class Field:
     split: str | None = None
 
 
-def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]:
+def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str = "") -> list[Field]:
     """Returns every image under `root`, sorted by name.
 
     Hidden files and files that are no images are left out; the log says how many.
@@ -65,93 +60,121 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "") -> list[Field]
     Args:
       root: folder with one sub-folder per class, or with `train`, `val`, `test` folders of those.
       plane: which plane of a stack to read, see `read_image`.
+      exclude: regular expression; files in whose path below `root` it is found are left out, and a
+        class of which nothing remains. Empty: none.
 
     Raises:
       Error: no such folder, no images, one class, an empty class, a format that is not read, or
         images that cannot be read: one message that names folders and counts.
     """
     root = Path(root).expanduser()
+    class_folders = _class_folders(root)
+    files = [(c, path) for c in class_folders for path in _files_below(c.path, set())]
+    try:
+        wanted = [f for f in files if not (exclude and re.search(exclude, _below(root, f[1])))]
+    except re.error as error:
+        raise Error(f"data.exclude={exclude!r} is no regular expression: {error}") from None
+    found = [(c, path) for c, path in wanted if path.suffix.lower() in SUFFIXES]
+    foreign = [path for _, path in wanted if path.suffix.lower() in FOREIGN]
+    strays = [path for path in root.iterdir() if path.is_file() and not is_hidden(path)]
+    strays += [p for _, p in wanted if p.suffix.lower() not in SUFFIXES | FOREIGN.keys()]
+    _check_encoding([*(c.path for c in class_folders), *(path for _, path in found)])
+    if foreign:
+        suffix = foreign[0].suffix
+        raise Error(
+            f"{root}: files in a format that is not read: {_examples(root, foreign)}; "
+            f"{FOREIGN[suffix.lower()]}, or leave them out with data.exclude='\\{suffix}$'"
+        )
+    left_out = {c for c, _ in files} - {c for c, _ in wanted}
+    empty = [c.path for c in class_folders if c not in left_out | {c for c, _ in found}]
+    counts = collections.Counter(c.label for c, _ in found)
+    if empty or not found:
+        listed = some([f"{label}: {n}" for label, n in sorted(counts.items())]) or "none"
+        raise Error(
+            f"{root}: no images in {_examples(root, empty)} (images per class: {listed}); add "
+            f"images ({' '.join(sorted(SUFFIXES))}) or remove the folder{_sheet_hint(root)}"
+        )
+    if len(counts) < 2:
+        raise Error(_one_class(root, [path for _, path in found]))
+    if exclude:
+        logger.info("data.exclude=%s leaves out %d files", exclude, len(files) - len(wanted))
+    if strays:
+        logger.info("ignored, being no images: %s", _examples(root, strays))
+
+    infos = _inspect_all([path for _, path in found], root, plane)
+    fields = []
+    for (c, path), info in zip(found, infos, strict=True):
+        name, below = _below(root, path), path.relative_to(c.path).parts
+        channel = below[0] if len(below) > 1 else ""
+        fields.append(Field(path, c.label, channel, name, name, info, c.split))
+    channels = sorted({field.channel for field in fields} - {""})
+    if channels:
+        logger.info("classes: %s; channels in them: %s", some(sorted(counts)), some(channels))
+    for warning in _mask_notes(fields):
+        logger.warning(warning)
+    return sorted(fields, key=lambda field: field.name)
+
+
+class _ClassFolder(NamedTuple):
+    split: str | None
+    label: str
+    path: Path
+
+
+def _class_folders(root: Path) -> list[_ClassFolder]:
     if not root.is_dir():
         reason = "is a file, not a folder" if root.exists() else "does not exist"
-        raise Error(f"{root}: the image folder {reason}; set --config.data.root=FOLDER")
-
+        raise Error(f"{root}: the image folder {reason}; set data.root=FOLDER")
     folders = _visible_folders(root)
     if not folders:
-        num_images = sum(_is_image(path) for path in root.iterdir())
+        number = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
         raise Error(
-            f"{root}: no class folders found"
-            + (f", but {num_images} images" if num_images else "")
-            + "; put the images of each cell line into a sub-folder of its own"
+            f"{root}: no class folders found, but {counted(number, 'image')}; put the images of "
+            f"each cell line into a folder of its own{_sheet_hint(root)}"
         )
-    sides = {name: _SIDE_NAMES[name.lower()] for name in folders if name.lower() in _SIDE_NAMES}
-    came_split = len(set(sides.values())) >= 2
-    class_folders: list[tuple[str | None, str, Path]]
-    if came_split:
-        _check_sides(root, folders, sides)
-        class_folders = [
-            (side, label, root / name / label)
-            for name, side in sides.items()
-            for label in _visible_folders(root / name)
-        ]
-        _check_same_classes(root, class_folders)
-    else:
-        class_folders = [(None, label, root / label) for label in folders]
-
-    for _, _, folder in class_folders:
-        _check_encoding(folder)
-    found: list[tuple[str | None, str, Path, Path]] = []
-    ignored: list[Path] = [
-        path for path in root.iterdir() if path.is_file() and not is_hidden(path)
+    splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
+    if len(set(splits.values())) < 2:
+        return [_ClassFolder(None, label, root / label) for label in folders]
+    if len(folders) != len(SPLITS) or sorted(splits.values()) != sorted(SPLITS):
+        raise Error(
+            f"{root}: {some(sorted(splits))} look like a split, which needs the folders train, val "
+            f"and test and no other; there are {some(folders)}: rename them, or put the classes "
+            "directly below the root to have them split"
+        )
+    classes = {name: set(_visible_folders(root / name)) for name in folders}
+    labels = set().union(*classes.values())
+    uneven = {label for label in labels if not all(label in c for c in classes.values())}
+    if uneven:
+        raise Error(
+            f"{root}: train, val and test need the same class folders, and not all of them have "
+            f"{some(sorted(uneven))}"
+        )
+    return [
+        _ClassFolder(splits[name], label, root / name / label)
+        for name in folders
+        for label in labels
     ]
-    unread: list[Path] = []
-    empty: list[str] = []
-    for split, label, folder in class_folders:
-        before = len(found)
-        for path in _files_below(folder):
-            if _is_image(path):
-                _check_encoding(path)
-                found.append((split, label, folder, path))
-            elif path.suffix.lower() in _UNREAD_FORMATS:
-                unread.append(path)
-            else:
-                ignored.append(path)
-        if len(found) == before:
-            empty.append(str(folder.relative_to(root)))
 
-    if unread:
-        raise Error(
-            f"{root}: files in a format that is not read: {_examples(unread, root)}; "
-            "export them as TIFF or OME-TIFF, or move them out of the folder"
-        )
-    if not found:
-        raise Error(
-            f"{root}: no images in any of the {len(class_folders)} class folders "
-            f"({_some(empty)}); looked for {' '.join(sorted(SUFFIXES))}"
-        )
-    if empty:
-        counts = collections.Counter(label for _, label, _, _ in found)
-        listed = _some([f"{label}: {n}" for label, n in sorted(counts.items())])
-        raise Error(
-            f"{root}: no images in {_some(empty)} (images per class: {listed}); "
-            "add images or remove the folder"
-        )
-    labels = {label for _, label, _, _ in found}
-    if len(labels) < 2:
-        raise Error(
-            f"{root}: only one class, {labels.pop()!r} with {len(found)} images; "
-            "a classifier needs at least two class folders"
-        )
-    if ignored:
-        logger.info("ignored, being no images: %s", _examples(ignored, root))
 
-    infos = _inspect_all([path for _, _, _, path in found], root, plane)
-    fields = []
-    for (split, label, folder, path), info in zip(found, infos, strict=True):
-        below = path.relative_to(folder).parts
-        name = path.relative_to(root).as_posix()
-        channel = below[0] if len(below) > 1 else ""
-        fields.append(Field(path, label, channel, name, name, info, split))
-    return sorted(fields, key=lambda field: field.name)
+def _one_class(root: Path, paths: list[Path]) -> str:
+    """Says what was found instead of two classes, and what to give."""
+    what = f"{root}: only one class, {paths[0].relative_to(root).parts[0]!r}"
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    inner = sorted({path.relative_to(common).parts[0] for path in paths})
+    if common not in {path.parent for path in paths}:
+        return (
+            f"{what}; {common} holds {len(inner)} folders of images ({some(inner)}): if these are "
+            f"the classes, give data.root={shlex.quote(str(common))}"
+        )
+    images = counted(len(paths), "image")
+    return f"{what} with {images}; a classifier needs two class folders or more{_sheet_hint(root)}"
+
+
+def _sheet_hint(root: Path) -> str:
+    sheets = [p.name for p in root.iterdir() if p.suffix.lower() in _SHEETS and not is_hidden(p)]
+    if not sheets:
+        return ""
+    return f"; labels in sheets such as {sheets[0]} are not read yet: make a folder per class"
 
 
 def usable_fields(
@@ -172,31 +195,27 @@ def usable_fields(
         used whole, in size.
     """
     kept, notes = list(fields), []
-    if crop_size is not None:
+    if crop_size:
         kept = [f for f in fields if num_positions(f.info, crop_size, border) > 0]
         num_all = collections.Counter(f.label for f in fields)
         num_kept = collections.Counter(f.label for f in kept)
-        lost = [label for label in sorted(num_all) if not num_kept[label]]
         within = f" inside the border {border}" if any(border) else ""
-        if lost:
-            largest = {
-                label: max((f.info.height, f.info.width) for f in fields if f.label == label)
-                for label in lost
-            }
-            listed = _some(
-                [f"{n!r}: {num_all[n]}, the largest {h}x{w}" for n, (h, w) in largest.items()]
-            )
-            raise Error(
-                f"every image of these classes is smaller than the {crop_size}x{crop_size} crop"
-                f"{within} ({listed}); set a smaller --config.data.crop_size, or "
-                "--config.data.crop_size=0 to use the images whole"
-            )
         notes = [
             f"{num_all[label] - num_kept[label]} of {num_all[label]} images of {label!r} are "
             f"smaller than the {crop_size}x{crop_size} crop{within} and give no crops"
             for label in sorted(num_all)
             if num_all[label] != num_kept[label]
         ]
+        # What fits into nine of ten images of every class.
+        size = min(
+            sorted(min(_room(f.info, border)) for f in fields if f.label == label)[n // 10]
+            for label, n in num_all.items()
+        )
+        fits = f"data.crop_size={size} fits into at least nine of ten images of every class"
+        advice = f"; {fits}" if 0 < size < crop_size else ""
+        if len(num_kept) < len(num_all):
+            raise Error(f"{some(notes)}{advice}; data.crop_size=0 uses the images whole")
+        notes = [note + advice for note in notes]
     else:
         _check_uniform(kept, lambda f: f"{f.info.height}x{f.info.width} pixels", "size")
     _check_uniform(kept, lambda f: f"{f.info.channels}", "number of colour channels")
@@ -204,29 +223,47 @@ def usable_fields(
     return kept, notes
 
 
+def _room(info: ImageInfo, border: tuple[int, int, int, int]) -> tuple[int, int]:
+    top, right, bottom, left = border
+    return info.height - top - bottom, info.width - left - right
+
+
 def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, int]) -> int:
     """Returns in how many places a square crop fits into an image inside its border."""
-    top, right, bottom, left = border
-    rows = info.height - top - bottom - crop_size + 1
-    columns = info.width - left - right - crop_size + 1
-    return max(rows, 0) * max(columns, 0)
+    rows, columns = _room(info, border)
+    return max(rows - crop_size + 1, 0) * max(columns - crop_size + 1, 0)
 
 
 def image_notes(fields: Sequence[Field]) -> list[str]:
     """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count."""
     counts = collections.Counter(note for field in fields for note in field.info.notes)
-    return [f"{count} images: {note}" for note, count in sorted(counts.items())]
+    notes = [f"{counted(count, 'image')}: {note}" for note, count in sorted(counts.items())]
+    return notes + _mask_notes(fields)
+
+
+def _mask_notes(fields: Sequence[Field]) -> list[str]:
+    """Warns of outlines beside their images, with the pattern that leaves them all out."""
+    stems = {os.path.splitext(field.name)[0] for field in fields}
+    matches = [match for stem in stems if (match := _MASK.fullmatch(stem)) and match[1] in stems]
+    if not matches:
+        return []
+    endings = "|".join(sorted({match[2] for match in matches}))
+    pattern = rf"({endings})\."
+    masks = [field.name for field in fields if re.search(pattern, field.name)]
+    return [
+        f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) are "
+        "used as images themselves, so that outlines of a test image may stand in training; "
+        f"data.exclude='{pattern}' leaves them out"
+    ]
 
 
 def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:
-    examples: dict[str, Field] = {}
-    counts: collections.Counter[str] = collections.Counter()
+    names = collections.defaultdict(list)
     for field in fields:
-        value = describe(field)
-        examples.setdefault(value, field)
-        counts[value] += 1
-    if len(counts) > 1:
-        listed = _some([f"{n} with {v}, e.g. {examples[v].name}" for v, n in counts.most_common()])
+        names[describe(field)].append(field.name)
+    if len(names) > 1:
+        largest = sorted(names.items(), key=lambda item: -len(item[1]))
+        listed = some([f"{len(n)} with {value}, e.g. {n[0]}" for value, n in largest])
         raise Error(
             f"the images differ in {what}: {listed}; convert them to one kind, since a network "
             "would learn the difference instead of the cells"
@@ -244,60 +281,27 @@ def _inspect_all(paths: list[Path], root: Path, plane: str) -> list[ImageInfo]:
     errors = [result for result in results if isinstance(result, ImageError)]
     if errors:
         more = f" (and {len(errors) - 1} more of {len(paths)} images under {root})"
-        raise Error(f"{errors[0]}{more if len(errors) > 1 else ''}") from errors[0]
+        raise Error(f"{errors[0]}{more * (len(errors) > 1)}") from errors[0]
     return [result for result in results if isinstance(result, ImageInfo)]
 
 
-def _check_encoding(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
+def _check_encoding(paths: Sequence[Path]) -> None:
+    for path in paths:
         name = str(path).encode("utf-8", "backslashreplace").decode()
-        raise Error(f"{name}: the name is not valid UTF-8; rename the file or folder") from None
+        if name != str(path):
+            raise Error(f"{name}: the name is not valid UTF-8; rename the file or folder")
 
 
-def _check_sides(root: Path, folders: list[str], sides: dict[str, str]) -> None:
-    others = sorted(set(folders) - set(sides))
-    if others:
-        raise Error(
-            f"{root}: folders {_some(sorted(sides))} look like a split, {_some(others)} like "
-            "classes; use either root/<class>/ or root/{train,val,test}/<class>/"
-        )
-    if sorted(sides.values()) != sorted(SPLITS):
-        raise Error(
-            f"{root}: a folder that comes split needs train, val and test, and has "
-            f"{_some(sorted(sides))}"
-            "; rename the folders, or put the classes directly below the root to have them split"
-        )
-
-
-def _check_same_classes(root: Path, class_folders: list[tuple[str | None, str, Path]]) -> None:
-    classes = {side: {label for s, label, _ in class_folders if s == side} for side in SPLITS}
-    everywhere = set.intersection(*classes.values())
-    for side in SPLITS:
-        odd = sorted(classes[side] - everywhere)
-        if odd:
-            without = [s for s in SPLITS if odd[0] not in classes[s]]
-            raise Error(
-                f"{root}: class {odd[0]!r} is in {side} but not in {' and '.join(without)}; "
-                "train, val and test need the same class folders"
-            )
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
     """Yields all visible files below `folder`, following links but never in a circle."""
-    seen = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(n for n in subfolders if not is_hidden(Path(n)))
-        for name in sorted(names):
-            path = Path(directory, name)
-            if not is_hidden(path):
-                yield path
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.suffix.lower() not in FOREIGN and not is_hidden(path):
+            yield from _files_below(path, seen)
+        elif not is_hidden(path):
+            yield path
 
 
 def _visible_folders(folder: Path) -> list[str]:
@@ -309,14 +313,9 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not is_hidden(path)
+def _below(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
-def _examples(paths: list[Path], root: Path) -> str:
-    return _some([path.relative_to(root).as_posix() for path in paths])
-
-
-def _some(items: Sequence[str], limit: int = 4) -> str:
-    more = f", … {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def _examples(root: Path, paths: Sequence[Path]) -> str:
+    return some([_below(root, path) for path in paths])

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,47 +14,34 @@ import tifffile
 from PIL import Image
 
 from jaxcells.data.picture import Picture, Refused, orient
-from jaxcells.data.planes import Plane, parse_plane
+from jaxcells.data.planes import Plane
+from jaxcells.data.planes import parse_plane as parse_plane
 from jaxcells.data.raster import open_bmp, open_jpeg, open_png
-from jaxcells.data.tiff import open_tiff
+from jaxcells.data.tiff import open_tiff, quiet
 from jaxcells.files import Error
+from jaxcells.text import by, one_line
 
-__all__ = [
-    "SUFFIXES",
-    "ImageError",
-    "ImageInfo",
-    "inspect_image",
-    "parse_plane",
-    "read_image",
-    "write_crop",
-]
-
-_SUFFIXES = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
-    "TIFF": (".tif", ".tiff", ".stk"),
-    "BMP": (".bmp",),
+# Of each format the first bytes and the suffixes.
+_FORMATS = {
+    "PNG": ((b"\x89PNG\r\n\x1a\n",), (".png",)),
+    "JPEG": ((b"\xff\xd8\xff",), (".jpg", ".jpeg")),
+    "BMP": ((b"BM",), (".bmp",)),
+    "TIFF": ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (".tif", ".tiff", ".stk")),
 }
-SUFFIXES = frozenset(suffix for group in _SUFFIXES.values() for suffix in group)
+SUFFIXES = frozenset(suffix for _, suffixes in _FORMATS.values() for suffix in suffixes)
 """Lower-case suffixes of the files that are read."""
-
-_SIGNATURES = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-}
 
 _MICROSCOPE = "export it as OME-TIFF (Fiji with Bio-Formats does)"
 _PHOTOGRAPH = "save it as PNG or TIFF"
-_OTHER_FORMATS = {
-    _MICROSCOPE: "czi dv ics ids ims lif lof lsm mrxs nd nd2 oib oif oir scn sld vsi xdce zvi",
+_FOREIGN = {
+    _MICROSCOPE: "czi dcm dv ics ids ims lif lof lsm mrxs nd nd2 ndpi oib oif oir scn sld svs vsi "
+    "xdce zarr zvi",
     _PHOTOGRAPH: "arw avif cr2 cr3 dng exr gif heic heif jp2 jpx jxl nef orf psd rw2 webp",
 }
-_ADVICE = {f".{s}": advice for advice, group in _OTHER_FORMATS.items() for s in group.split()}
+FOREIGN = {f".{suffix}": advice for advice, line in _FOREIGN.items() for suffix in line.split()}
+"""What to do with files of other formats, by their lower-case suffixes."""
+
+_DECODERS = {"tifffile", "imagecodecs", "PIL"}
 
 
 class ImageError(Error):
@@ -94,10 +82,10 @@ def inspect_image(path: str | os.PathLike[str], *, plane: str = "") -> ImageInfo
       Error: `plane` cannot be parsed.
     """
     with _opened(path, plane) as picture:
-        height, width = picture.height, picture.width
+        height, width, channels = picture.shape
         if picture.orientation >= 5:
             height, width = width, height
-        return ImageInfo(height, width, picture.channels, picture.dtype.name, picture.notes)
+        return ImageInfo(height, width, channels, picture.dtype.name, picture.notes)
 
 
 def read_image(path: str | os.PathLike[str], *, plane: str = "") -> np.ndarray:
@@ -108,7 +96,9 @@ def read_image(path: str | os.PathLike[str], *, plane: str = "") -> np.ndarray:
 
     Args:
       path: PNG, JPEG, BMP, TIFF, BigTIFF, OME-TIFF, ImageJ TIFF or MetaMorph STK.
-      plane: which plane of files with several, for example "T=0"; see `planes.parse_plane`.
+      plane: which plane of files with several, for example "T=0", or "Z=max" and "Z=mean" for
+        the maximum or the mean of all (rounded to the nearest for integers, halves to even); see
+        `planes.parse_plane`. The data type stays.
 
     Returns:
       Pixels [H, W, C], uint8, uint16 or float32, native byte order, C-contiguous, writable.
@@ -119,12 +109,8 @@ def read_image(path: str | os.PathLike[str], *, plane: str = "") -> np.ndarray:
     """
     with _opened(path, plane) as picture:
         pixels = picture.decode()
-        expected = (picture.height, picture.width, picture.channels)
-        if pixels.shape != expected or pixels.dtype != picture.dtype:
-            raise Refused(
-                f"is damaged: its header says {expected} {picture.dtype}, its pixels are "
-                f"{pixels.shape} {pixels.dtype}"
-            )
+        if (pixels.shape, pixels.dtype) != (picture.shape, picture.dtype):
+            raise Refused(f"is damaged: it has {by(pixels.shape)} pixels, unlike its header")
         if picture.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise Refused("has NaN or infinite pixels: replace them, then save it again")
         return np.ascontiguousarray(orient(pixels, picture.orientation))
@@ -153,63 +139,66 @@ def write_crop(path: str | os.PathLike[str], pixels: np.ndarray) -> Path:
         Image.fromarray(plain).save(target, compress_level=1)
         return target
     target = Path(f"{os.fspath(path)}.tif")
-    tifffile.imwrite(
-        target,
-        plain,
-        photometric="rgb" if channels == 3 else "minisblack",
-        planarconfig="contig" if channels > 1 else None,
-        compression="zlib",
-        predictor=True,
-        metadata=None,
-    )
+    kind = {"photometric": "rgb" if channels == 3 else "minisblack", "metadata": None}
+    planar = "contig" if channels > 1 else None
+    tifffile.imwrite(target, plain, planarconfig=planar, compression="zlib", predictor=True, **kind)
     return target
 
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
-    """Open an image; whatever goes wrong, here or while it is open, becomes an ImageError."""
+    """Open an image; what is wrong with the file, here or while it is open, is an ImageError."""
     chosen = parse_plane(plane)
     name = os.fspath(path)
     try:
         # Opening a named pipe would wait for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("is a folder or a device, not an image file")
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, quiet():
             yield _open_format(file, Path(name).suffix.lower(), chosen)
     except Refused as error:
         raise ImageError(f"{name}: {error}") from None
     except MemoryError as error:
         raise ImageError(f"{name}: does not fit into memory: cut it into fields") from error
     except Exception as error:
-        # Damaged files make the decoders raise nearly anything: OSError, struct.error, KeyError.
         if isinstance(error, OSError) and error.errno is not None:
             reason = f"cannot be opened: {os.strerror(error.errno).lower()}"
-        else:
-            detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        elif _is_damage(error):
+            detail = one_line(f"{type(error).__name__}: {error}")[:160]
             reason = f"cannot be decoded, it is probably damaged or cut short ({detail})"
+        else:
+            raise
         raise ImageError(f"{name}: {reason}") from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tell what damaged data make decoders raise, which is nearly anything, from a bug of ours.
+
+    A wrong name, attribute or type is our bug where no line of a decoder was part of it: what a
+    decoder no longer has fails in our line that asks for it.
+    """
+    if not isinstance(error, (AttributeError, NameError, TypeError)):
+        return True
+    lines = traceback.extract_tb(error.__traceback__)
+    return any(_DECODERS.intersection(Path(line.filename).parts) for line in lines)
 
 
 def _open_format(file: BinaryIO, suffix: str, plane: Plane) -> Picture:
     """Open a file in the format that its first bytes name."""
     head = file.read(16)
     file.seek(0)
-    kind = next((k for signature, k in _SIGNATURES.items() if head.startswith(signature)), "")
+    kind = next((k for k, (first, _) in _FORMATS.items() if head.startswith(first)), "")
     if not head:
         raise Refused("is empty (0 bytes)")
-    if suffix in _ADVICE and kind in ("", "TIFF"):
-        raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {_ADVICE[suffix]}")
+    if suffix in FOREIGN and kind in ("", "TIFF"):
+        raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {FOREIGN[suffix]}")
     if not kind:
-        is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
-        what = "text" if is_text else "something else"
-        raise Refused(f"is no PNG, JPEG, TIFF or BMP image but {what}; it begins with {head!r}")
-    if kind == "TIFF":
-        picture = open_tiff(file, plane)
-    else:
-        picture = {"PNG": open_png, "JPEG": open_jpeg, "BMP": open_bmp}[kind](file)
+        raise Refused(f"is no PNG, JPEG, TIFF or BMP image: it begins with {head!r}")
+    open_raster = {"PNG": open_png, "JPEG": open_jpeg, "BMP": open_bmp}.get(kind)
+    picture = open_raster(file) if open_raster else open_tiff(file, plane)
     notes = picture.notes
-    if picture.orientation in range(2, 9):
+    if picture.orientation > 1:
         notes += (f"turned as its orientation tag says ({picture.orientation})",)
-    if suffix in SUFFIXES - set(_SUFFIXES[kind]):
+    if suffix in SUFFIXES - set(_FORMATS[kind][1]):
         notes += (f"named {suffix} but holds a {kind} image",)
     return replace(picture, notes=notes)

@@ -1,5 +1,6 @@
 """What every file format owes `images.read_image`: a checked header and a way to the pixels."""
 
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -8,25 +9,19 @@ from typing import BinaryIO
 
 import numpy as np
 
+from jaxcells.text import by
+
 MAX_BYTES = 4 * 2**30
 """Most bytes that one decoded image may take; a 20000x20000 8-bit RGB field takes 1.2e9."""
 
 # Deflate cannot expand more than 1032 times, and JPEG of an empty field stays well below that.
 _MAX_EXPANSION = 2000
 _ALWAYS_ALLOWED = 64 * 2**20
-
-_PIXEL_TYPES = ("uint8", "uint16", "float32")
-
-# How the stored rows and columns (TIFF 6.0, section 8, tag 274; EXIF 2.3 the same) are turned.
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a[::-1].swapaxes(0, 1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: a[:, ::-1].swapaxes(0, 1),
-}
+LOOKUP_TABLE = "palette is a lookup table; its indices are read as intensities"
+INDEXED = (
+    "has indexed colours (a label image, or a photograph reduced to a palette): save it as grey or "
+    "RGB (in ImageJ, Image > Lookup Tables > Grays)"
+)
 
 
 class Refused(Exception):
@@ -38,19 +33,14 @@ class Picture:
     """An open image: its header, checked, and a function that decodes its pixels.
 
     Attributes:
-      height: rows as stored, before `orientation`.
-      width: columns as stored, before `orientation`.
-      channels: samples of each pixel that `decode` returns.
+      shape: [H, W, C] of what `decode` returns, before `orientation`.
       dtype: uint8, uint16 or float32, native byte order.
-      decode: returns the pixels [height, width, channels] as stored; valid while the file is
-        open.
+      decode: returns the pixels as stored; valid while the file is open.
       orientation: 1 to 8, what TIFF tag 274 and EXIF say.
       notes: what was left out or taken in a sense that another reader might not.
     """
 
-    height: int
-    width: int
-    channels: int
+    shape: tuple[int, int, int]
     dtype: np.dtype
     decode: Callable[[], np.ndarray]
     orientation: int = 1
@@ -68,33 +58,34 @@ def check_dtype(dtype: np.dtype) -> None:
     Raises:
       Refused: it says what to convert to.
     """
-    if dtype.name in _PIXEL_TYPES:
-        return
     if dtype.kind == "b":
         raise Refused("is a 1-bit image, a mask: only 8-bit, 16-bit and float32 images are read")
-    to = "float32" if dtype.kind in "fc" else "8-bit or 16-bit unsigned, or float32"
-    raise Refused(
-        f"has {dtype.name} pixels (labels, or the output of a calculation?): if it is an image, "
-        f"convert it to {to}"
-    )
+    if dtype.name not in ("uint8", "uint16", "float32"):
+        to = "float32" if dtype.kind in "fc" else "8-bit or 16-bit unsigned, or float32"
+        raise Refused(
+            f"has {dtype.name} pixels (labels, or the output of a calculation?): if it is an "
+            f"image, convert it to {to}"
+        )
 
 
-def check_size(height: int, width: int, channels: int, dtype: np.dtype, stored: int) -> None:
+def check_size(shape: tuple[int, int, int], dtype: np.dtype, stored: int) -> None:
     """Refuse, before anything is allocated, an image too large or larger than its file can hold.
+
+    Args:
+      shape: [H, W, C] that the header declares.
+      dtype: of its pixels.
+      stored: bytes of the file.
 
     Raises:
       Refused: it names the declared size.
     """
-    nbytes = height * width * channels * dtype.itemsize
-    declared = (
-        f"declares {height}x{width}x{channels} {dtype.name} pixels ({nbytes / 2**30:,.1f} GiB"
-    )
+    nbytes = math.prod(shape) * dtype.itemsize
+    declared = f"declares {by(shape)} {dtype.name} pixels ({nbytes / 2**30:,.1f} GiB"
     if nbytes == 0:
-        raise Refused(f"has no pixels ({height}x{width}x{channels})")
+        raise Refused(f"has no pixels ({by(shape)})")
     if nbytes > MAX_BYTES:
-        raise Refused(
-            f"{declared}; at most {MAX_BYTES / 2**30:g} GiB are read at once): cut it into fields"
-        )
+        limit = f"at most {MAX_BYTES / 2**30:g} GiB are read at once"
+        raise Refused(f"{declared}; {limit}): cut it into fields")
     if nbytes > max(_ALWAYS_ALLOWED, _MAX_EXPANSION * stored):
         raise Refused(f"{declared}) in a file of {stored} bytes: damaged, or made to do harm")
 
@@ -136,5 +127,12 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn stored pixels [H, W, C] the way up that `orientation` (1 to 8) says, as a view."""
-    return _TURNS[orientation](pixels) if orientation in _TURNS else pixels
+    """Turn stored pixels [H, W, C] the way up that `orientation` (1 to 8) says, as a view.
+
+    TIFF 6.0, section 8, tag 274; EXIF 2.3 has the same numbers.
+    """
+    if orientation in (2, 3, 7, 8):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    return pixels.swapaxes(0, 1) if orientation >= 5 else pixels

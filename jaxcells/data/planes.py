@@ -1,9 +1,9 @@
 """Choosing one picture [H, W, C] out of a file with more axes than rows, columns and channels."""
 
-import itertools
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,36 +29,42 @@ AXES = {
 }
 """Axes a user may choose on, by tifffile's letters. Any other, but X, Y and S, counts as "I"."""
 
-OPTION = "--config.data.plane="
+_PROJECTIONS = {"max": "maximum", "mean": "mean"}
+_ITEM = re.compile(
+    f"(series)=([0-9]+)|(I)=(C)|([{''.join(AXES)}])=([0-9]+|max|mean)", re.IGNORECASE
+)
 
 
 def parse_plane(text: str) -> dict[str, int | str]:
-    """Parse `config.data.plane`, which says what to take of files with more than one plane.
+    """Parse `data.plane`, which says what to take of files with more than one plane.
 
     Args:
       text: comma-separated AXIS=INDEX, indices from 0, for example "T=0" or "Z=3,T=0". AXIS is
-        a letter of `AXES`, or "series" for files that hold several separate images. "I=C"
-        reads pages that do not say what they are as channels. Empty: nothing is chosen.
+        a letter of `AXES`, or "series" for files that hold several separate images. "Z=max" and
+        "Z=mean" take the maximum or the mean over all planes of an axis; of several axes both
+        may not be taken, for the order would matter. "I=C" reads pages that do not say what they
+        are as channels. Empty: nothing is chosen.
 
     Returns:
-      Index by axis; "C" under "I" for "I=C".
+      Index, "max" or "mean" by axis; "c" under "I" for "I=C".
 
     Raises:
       Error: the text is not of this form.
     """
     plane: dict[str, int | str] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"([A-Z]|series)=([0-9]+|C)", item, re.IGNORECASE)
-        axis, index = match.groups() if match else ("", "")
+    for item in filter(None, map(str.strip, text.split(","))):
+        match = _ITEM.fullmatch(item)
+        axis, value = filter(None, match.groups()) if match else ("", "")
         axis = axis.lower() if len(axis) > 1 else axis.upper()
-        known = axis in AXES or axis == "series"
-        if not known or axis in plane or (index in "Cc" and axis != "I"):
+        if not match or axis in plane:
             raise Error(
-                f"{OPTION}{text}: {item!r} is not AXIS=INDEX with each axis named once; write for "
-                f"example {OPTION}T=0 or {OPTION}Z=3,T=0 (axes: {', '.join(AXES)}, series; I=C "
-                "reads pages as channels)"
+                f"data.plane={text}: {item!r} is not AXIS=INDEX, AXIS=max or AXIS=mean with each "
+                "axis named once; write for example data.plane=T=0, data.plane=Z=max or "
+                f"data.plane=Z=3,T=0 (axes: {', '.join(AXES)}, series; I=C reads pages as channels)"
             )
-        plane[axis] = "C" if index in "Cc" else int(index)
+        plane[axis] = int(value) if value.isdecimal() else value.lower()
+    if _PROJECTIONS.keys() <= set(plane.values()):
+        raise Error(f"data.plane={text}: use either max or mean, for the order would matter")
     return plane
 
 
@@ -67,21 +73,60 @@ class Selection:
     """Which parts of a series of pages make up the picture.
 
     Attributes:
-      pages: indices of the pages to read, in the order of the channels.
+      pages: indices of the pages to read: a group for each channel that has pages of its own, else
+        one group. What a group has beyond one page is projected.
+      shape: [H, W, C] of the picture.
       index: what to take of each axis of a page: one index, or all.
-      order: the axes that then remain: rows, columns and, where there are any, samples.
-      channels: of the whole picture.
+      order: the axes that then remain: those to project, rows, columns and, where there are any,
+        samples.
+      projection: "max", "mean" or "".
+      notes: what was projected.
     """
 
-    pages: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
+    shape: tuple[int, int, int]
     index: tuple[int | slice, ...]
     order: tuple[int, ...]
-    channels: int
+    projection: str
+    notes: tuple[str, ...]
 
-    def take(self, page: np.ndarray) -> np.ndarray:
-        """Return the part [H, W, samples] of one page's pixels."""
-        part = page[self.index].transpose(self.order)
-        return part if part.ndim == 3 else part[..., None]
+    def assemble(self, read: Callable[[int], np.ndarray], dtype: np.dtype) -> np.ndarray:
+        """Return the picture [H, W, C]; planes are read one by one.
+
+        Args:
+          read: returns the pixels of a page.
+          dtype: of its pages and of the picture.
+        """
+        height, width, channels = self.shape
+        samples = channels // len(self.pages)
+        size = (-1, height, width, samples)
+
+        def planes(pages: Sequence[int]) -> Iterator[np.ndarray]:
+            for page in pages:
+                yield from read(page)[self.index].transpose(self.order).reshape(size)
+
+        parts = (_project(planes(pages), self.projection) for pages in self.pages)
+        if len(self.pages) == 1:
+            return next(parts)
+        pixels = np.empty(self.shape, dtype)
+        for k, part in enumerate(parts):
+            pixels[..., k * samples : (k + 1) * samples] = part
+        return pixels
+
+
+def _project(planes: Iterator[np.ndarray], projection: str) -> np.ndarray:
+    """Combine planes of one shape; means of integers are rounded to the nearest, halves to even."""
+    first = next(planes)
+    if projection == "max":
+        return functools.reduce(np.maximum, planes, first)
+    if projection != "mean":
+        return first
+    total, count = first.astype(np.float64), 1
+    for plane in planes:
+        total += plane
+        count += 1
+    total /= count
+    return (np.rint(total) if first.dtype.kind == "u" else total).astype(first.dtype)
 
 
 def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Selection:
@@ -93,7 +138,7 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     Args:
       axes: one letter for each entry of `shape`, the last `page_ndim` within a page.
       shape: sizes; none is 1 but those of Y and X.
-      page_ndim: number of axes of one page.
+      page_ndim: number of axes of one page, Y and X among them.
       plane: what `parse_plane` returned; axes that the image has not are passed over, so that
         one choice serves a folder in which some images have a single plane.
 
@@ -101,50 +146,58 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
       Refused: an axis besides rows, columns and channels is left, or an index is too large.
     """
     named = {letter: [k for k, axis in enumerate(axes) if axis == letter] for letter in AXES}
-    samples = [k for k, axis in enumerate(axes) if axis == "S"]
     named["I"] = [k for k, axis in enumerate(axes) if axis not in {*"XYS", *AXES} - {"I"}]
-    kept = samples
+    kept = [k for k, axis in enumerate(axes) if axis == "S"]
     if not kept and "C" not in plane:
         kept = named["C"]
-    if not kept and plane.get("I") == "C":
+    if not kept and plane.get("I") == "c":
         kept = named["I"]
 
     chosen: dict[int, int] = {}
+    projected: list[int] = []
     left: dict[str, int] = {}
+    notes = []
     for axis, positions in named.items():
-        positions = [k for k in positions if k not in kept]
-        sizes = [shape[k] for k in positions]
-        index = plane.get(axis)
-        if not positions:
+        if not positions or positions == kept:
             continue
-        if not isinstance(index, int):
-            left[axis] = math.prod(sizes)
-        elif index < math.prod(sizes):
+        sizes = [shape[k] for k in positions]
+        count, index = math.prod(sizes), plane.get(axis)
+        if index in _PROJECTIONS:
+            projected += positions
+            notes.append(f"{_PROJECTIONS[str(index)]} over {count} {AXES[axis]}")
+        elif not isinstance(index, int):
+            left[axis] = count
+        elif index < count:
             chosen |= zip(positions, map(int, np.unravel_index(index, sizes)), strict=True)
         else:
-            count = math.prod(sizes)
             raise Refused(f"has {count} {AXES[axis]}: {axis}={index} is not in 0 to {count - 1}")
     if left:
         raise Refused(_choice(left, pages_may_be_channels=not kept))
 
-    outer = shape[: len(shape) - page_ndim]
-    ranges = [range(size) if k in kept else (chosen[k],) for k, size in enumerate(outer)]
-    pages = [int(np.ravel_multi_index(at, outer)) if at else 0 for at in itertools.product(*ranges)]
-    inner = range(len(outer), len(shape))
-    remaining = [k for k in inner if k not in chosen]
-    order = sorted(remaining, key=lambda k: {"Y": 0, "X": 1}.get(axes[k], 2))
+    outer = len(shape) - page_ndim
+    taken = tuple(chosen.get(k, slice(None)) for k in range(len(shape)))
+    numbers = np.arange(math.prod(shape[:outer])).reshape(shape[:outer])[taken[:outer]]
+    # Channels before the axes that are projected.
+    stay = [k in kept for k in range(outer) if k not in chosen]
+    numbers = numbers.transpose(sorted(range(len(stay)), key=lambda k: not stay[k]))
+    groups = math.prod(shape[k] for k in kept if k < outer)
+    remaining = [k for k in range(outer, len(shape)) if k not in chosen]
+    places = dict.fromkeys(projected, 0) | {axes.index("Y"): 1, axes.index("X"): 2}
     return Selection(
-        pages=tuple(pages),
-        index=tuple(chosen.get(k, slice(None)) for k in inner),
-        order=tuple(remaining.index(k) for k in order),
-        channels=math.prod(shape[k] for k in kept),
+        pages=tuple(map(tuple, numbers.reshape(groups, -1).tolist())),
+        shape=(shape[axes.index("Y")], shape[axes.index("X")], math.prod(shape[k] for k in kept)),
+        index=taken[outer:],
+        order=tuple(sorted(range(len(remaining)), key=lambda k: places.get(remaining[k], 3))),
+        projection=next((p for p in _PROJECTIONS if p in plane.values()), ""),
+        notes=tuple(notes),
     )
 
 
 def _choice(left: Mapping[str, int], *, pages_may_be_channels: bool) -> str:
     """Say which axes are left to choose on, and how to."""
     has = " and ".join(f"{size} {AXES[axis]} (axis {axis})" for axis, size in left.items())
-    option = OPTION + ",".join(f"{axis}=0" for axis in left)
-    what = "one" if len(left) == 1 else "one of each"
-    also = f", or read them as channels with {OPTION}I=C" if pages_may_be_channels else ""
-    return f"has {has}: choose {what} with {option} (indices begin at 0){also * ('I' in left)}"
+    first, largest = (",".join(f"{axis}={what}" for axis in left) for what in ("0", "max"))
+    one = "one" if len(left) == 1 else "one of each"
+    also = ", or read them as channels with data.plane=I=C" * pages_may_be_channels * ("I" in left)
+    how = f"with data.plane={first} (indices begin at 0)"
+    return f"has {has}: choose {one} {how}, or take the maximum with data.plane={largest}{also}"

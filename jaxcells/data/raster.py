@@ -3,37 +3,24 @@
 import io
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
 from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
 
-from jaxcells.data.picture import (
-    Picture,
-    Refused,
-    check_dtype,
-    check_size,
-    exif_orientation,
-    file_size,
-    is_lookup_ramp,
-)
+from jaxcells.data import picture
+from jaxcells.data.picture import Picture, Refused, check_size, file_size
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type, alpha included
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 3: (1, 2, 4, 8)}  # by colour type; 8 and 16 for the others
+_UINT8 = np.dtype(np.uint8)
 _ALPHA = "alpha channel dropped"
 
 
-def _read_palette(indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Intensities [H, W, 1] of an indexed image that `_palette_note` accepted."""
-    if len(palette) < 256 or not is_lookup_ramp(palette):
-        return palette[indices, :1]
-    return indices[..., None]
-
-
-def _palette_note(palette: np.ndarray) -> str:
-    """Say how an indexed image is read.
+def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the intensity [N] that each index of an indexed image stands for, and a note.
 
     Args:
       palette: [N, 3] uint8.
@@ -41,29 +28,17 @@ def _palette_note(palette: np.ndarray) -> str:
     Raises:
       Refused: its colours are more than a lookup table.
     """
-    if len(palette) == 256 and is_lookup_ramp(palette):
-        return "palette is a lookup table; its indices are read as intensities"
+    if len(palette) == 256 and picture.is_lookup_ramp(palette):
+        return np.arange(256, dtype=np.uint8), picture.LOOKUP_TABLE
     if (palette == palette[:, :1]).all():
-        return "palette of grey levels applied"
-    raise Refused(
-        "has indexed colours (a label image, or a photograph reduced to a palette): "
-        "save it as grey or RGB"
-    )
+        return palette[:, 0], "palette of grey levels applied"
+    raise Refused(picture.INDEXED)
 
 
-def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, offset and length of each chunk, reading none of them."""
-    size = file_size(file)
-    position = len(_PNG_SIGNATURE)
-    kind = b""
-    while kind != b"IEND":
-        file.seek(position)
-        head = file.read(8)
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if position + 12 + length > size:
-            raise Refused(f"is truncated or damaged: its chunks do not end within {size} bytes")
-        yield kind, position + 8, length
-        position += 12 + length
+def _take_levels(levels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    if indices.max() >= len(levels):
+        raise Refused("is damaged: it has indices beyond its palette")
+    return levels[indices][..., None]
 
 
 def open_png(file: BinaryIO) -> Picture:
@@ -74,38 +49,46 @@ def open_png(file: BinaryIO) -> Picture:
     Raises:
       Refused: it is a mask, indexed colours, an animation, too large or truncated.
     """
+    size = file_size(file)
 
     def read(offset: int, length: int) -> bytes:
         file.seek(offset)
         return file.read(length)
 
     critical: list[tuple[int, int]] = []
-    header = palette = exif = b""
-    for kind, offset, length in _png_chunks(file):
-        if kind == b"IHDR":
-            header = read(offset, length)
-        elif kind == b"PLTE":
-            palette = read(offset, length)
-        elif kind == b"eXIf":
-            exif = read(offset, length)
-        elif kind == b"acTL" and read(offset, 4) != b"\0\0\0\1":
-            raise Refused("is an animation: save the frame you need as its own file")
+    found: dict[bytes, bytes] = {}
+    position, kind = len(_PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        head = read(position, 8)
+        length, kind = 12 + int.from_bytes(head[:4], "big"), head[4:]
+        if position + length > size:
+            raise Refused(f"is truncated or damaged: its chunks do not end within {size} bytes")
+        if kind in (b"IHDR", b"PLTE", b"eXIf", b"acTL"):
+            found[kind] = read(position + 8, length - 12)
         if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            critical.append((offset - 8, length + 12))
-
+            critical.append((position, length))
+        position += length
+    header = found.get(b"IHDR", b"").ljust(13, b"\xff")
     width, height, depth, colour = struct.unpack_from(">IIBB", header)
+    known = colour in _PNG_CHANNELS and depth in _PNG_DEPTHS.get(colour, (8, 16))
+    if not known or header[10:12] != b"\0\0" or header[12] > 1:
+        raise Refused(f"is damaged: its header has values that PNG does not define ({header!r})")
+    if found.get(b"acTL", b"\0\0\0\1")[:4] != b"\0\0\0\1":
+        raise Refused("is an animation: save the frame you need as its own file")
+
     dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
     stored = _PNG_CHANNELS[colour]
-    channels = stored - 1 if colour in (4, 6) else stored
-    check_size(height, width, stored, dtype, file_size(file))
+    check_size((height, width, stored), dtype, size)
     if depth == 1:
-        check_dtype(np.dtype(bool))
-    notes = [_ALPHA] if colour in (4, 6) else []
+        picture.check_dtype(np.dtype(bool))
+    has_alpha = colour in (4, 6)
+    notes = [_ALPHA] if has_alpha else []
     if depth < 8 and colour == 0:
         notes.append(f"{depth}-bit samples scaled to 0..255, as PNG defines them")
-    colours = np.frombuffer(palette, np.uint8).reshape(-1, 3)
     if colour == 3:
-        notes.append(_palette_note(colours))
+        palette = np.frombuffer(found.get(b"PLTE", b""), np.uint8)
+        levels, note = _grey_levels(palette[: palette.size // 3 * 3].reshape(-1, 3))
+        notes.append(note)
 
     def decode() -> np.ndarray:
         # Comments, profiles and animation controls never reach a decoder: there they could fail,
@@ -115,12 +98,13 @@ def open_png(file: BinaryIO) -> Picture:
             raise Refused("is damaged: a checksum in it is wrong")
         data = _PNG_SIGNATURE + b"".join(chunks)
         if colour == 3:
-            indices = np.array(PngImagePlugin.PngImageFile(io.BytesIO(data)))
-            return _read_palette(indices, colours)
+            return _take_levels(levels, np.array(PngImagePlugin.PngImageFile(io.BytesIO(data))))
         pixels = imagecodecs.png_decode(data)
-        return pixels.reshape(height, width, stored)[..., :channels]
+        return pixels.reshape(height, width, stored)[..., : stored - has_alpha]
 
-    return Picture(height, width, channels, dtype, decode, exif_orientation(exif), tuple(notes))
+    shape = (height, width, stored - has_alpha)
+    orientation = picture.exif_orientation(found.get(b"eXIf", b""))
+    return Picture(shape, dtype, decode, orientation, tuple(notes))
 
 
 class _JpegImageFile(JpegImagePlugin.JpegImageFile):
@@ -140,22 +124,11 @@ def open_jpeg(file: BinaryIO) -> Picture:
     image = _JpegImageFile(file)
     if image.mode not in ("L", "RGB"):
         raise Refused(f"is a {image.mode} JPEG: save it as RGB")
-    channels = 3 if image.mode == "RGB" else 1
-    check_size(image.height, image.width, channels, np.dtype(np.uint8), file_size(file))
+    shape = (image.height, image.width, len(image.mode))
+    check_size(shape, _UINT8, file_size(file))
     notes = ("first picture of a multi-picture file",) if "mp" in image.info else ()
-
-    def decode() -> np.ndarray:
-        return np.array(image).reshape(image.height, image.width, channels)
-
-    return Picture(
-        image.height,
-        image.width,
-        channels,
-        np.dtype(np.uint8),
-        decode,
-        exif_orientation(image.info.get("exif", b"")),
-        notes,
-    )
+    orientation = picture.exif_orientation(image.info.get("exif", b""))
+    return Picture(shape, _UINT8, lambda: np.array(image).reshape(shape), orientation, notes)
 
 
 def open_bmp(file: BinaryIO) -> Picture:
@@ -164,25 +137,23 @@ def open_bmp(file: BinaryIO) -> Picture:
     Raises:
       Refused: it is a mask, indexed colours or too large.
     """
-    head = file.read(30)
-    (header_size,) = struct.unpack_from("<I", head, 14)
-    (bits,) = struct.unpack_from("<H", head, 24 if header_size == 12 else 28)
+    head = file.read(30).ljust(30, b"\0")
+    (bits,) = struct.unpack_from("<H", head, 24 if head[14] == 12 else 28)
     if bits == 1:
-        check_dtype(np.dtype(bool))
+        picture.check_dtype(np.dtype(bool))
     file.seek(0)
     image = BmpImagePlugin.BmpImageFile(file)
-    channels = 1 if image.mode in ("L", "P") else 3
-    check_size(image.height, image.width, channels, np.dtype(np.uint8), file_size(file))
+    shape = (image.height, image.width, 1 if image.mode in ("L", "P") else 3)
+    check_size(shape, _UINT8, file_size(file))
     notes = (_ALPHA,) if image.mode == "RGBA" else ()
-    colours = np.zeros((0, 3), np.uint8)
     if image.mode == "P":
-        colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-        notes = (_palette_note(colours),)
+        levels, note = _grey_levels(np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3))
+        notes = (note,)
 
     def decode() -> np.ndarray:
         pixels = np.array(image)
         if image.mode == "P":
-            return _read_palette(pixels, colours)
-        return pixels.reshape(image.height, image.width, -1)[..., :channels]
+            return _take_levels(levels, pixels)
+        return pixels.reshape(*shape[:2], -1)[..., : shape[2]]
 
-    return Picture(image.height, image.width, channels, np.dtype(np.uint8), decode, notes=notes)
+    return Picture(shape, _UINT8, decode, notes=notes)

@@ -1,51 +1,38 @@
 """TIFF, BigTIFF, OME-TIFF, ImageJ and MetaMorph files: axes are read, never guessed."""
 
+import contextlib
+import contextvars
 import logging
 import math
-import struct
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import BinaryIO
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import BinaryIO, Literal
 
 import numpy as np
-import tifffile
+from tifffile import TiffFile, TiffPage, TiffPageSeries
 
-from jaxcells.data.picture import (
-    Picture,
-    Refused,
-    check_dtype,
-    check_size,
-    file_size,
-    is_lookup_ramp,
-)
-from jaxcells.data.planes import OPTION, Plane, select
+from jaxcells.data import picture
+from jaxcells.data.picture import Picture, Refused, check_size, file_size
+from jaxcells.data.planes import Plane, select
+from jaxcells.text import by
 
 _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _OLD_JPEG, _JPEG = 6, 7
 
-
-class _Quiet(logging.Filter):
-    """Drops what tifffile logs in threads that read for us; other threads keep their messages."""
-
-    local = threading.local()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not getattr(self.local, "reading", False)
+# What tifffile logs in threads that read for us is dropped; other threads keep their messages.
+_reading = contextvars.ContextVar("reading", default=False)
+logging.getLogger("tifffile").addFilter(lambda record: not _reading.get())
 
 
-logging.getLogger("tifffile").addFilter(_Quiet())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    _Quiet.local.reading = True
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps tifffile and NumPy from speaking about a file that this thread reads."""
+    token = _reading.set(True)
     try:
         with np.errstate(all="ignore"):  # MetaMorph tags may hold the fraction 0/0
             yield
     finally:
-        _Quiet.local.reading = False
+        _reading.reset(token)
 
 
 def _check_page_list(file: BinaryIO) -> None:
@@ -58,32 +45,37 @@ def _check_page_list(file: BinaryIO) -> None:
       Refused: the list leaves the file or loops.
     """
     size = file_size(file)
-    file.seek(0)
-    head = file.read(16).ljust(16, b"\0")
-    order = "<" if head[:2] == b"II" else ">"
-    is_big = struct.unpack_from(f"{order}H", head, 2)[0] == 43
-    count_type, offset_type, entry_size = ("Q", "Q", 20) if is_big else ("H", "I", 12)
-    count_size, offset_size = struct.calcsize(count_type), struct.calcsize(offset_type)
-    (offset,) = struct.unpack_from(f"{order}{offset_type}", head, 8 if is_big else 4)
+    order: Literal["little", "big"] = "little" if file.read(2) == b"II" else "big"
     seen: set[int] = set()
-    while offset:
-        if offset in seen:
+
+    def number(at: int, width: int) -> int:
+        if at + width > size:
+            raise Refused(f"is truncated: the file ends inside its list of pages, at {len(seen)}")
+        file.seek(at)
+        return int.from_bytes(file.read(width), order)
+
+    count_size, offset_size, entry_size = (8, 8, 20) if number(2, 2) == 43 else (2, 4, 12)
+    place = offset_size  # of the offset of the first page, in both kinds of TIFF
+    while page := number(place, offset_size):
+        if page in seen:
             raise Refused("is damaged: its list of pages runs in a circle")
-        seen.add(offset)
-        if offset + count_size > size:
-            raise Refused(f"is truncated: page {len(seen)} lies beyond the end of the file")
-        file.seek(offset)
-        (count,) = struct.unpack(f"{order}{count_type}", file.read(count_size))
-        end = offset + count_size + count * entry_size
-        if end + offset_size > size:
-            raise Refused(f"is truncated: the file ends inside the tags of page {len(seen)}")
-        file.seek(end)
-        (offset,) = struct.unpack(f"{order}{offset_type}", file.read(offset_size))
+        seen.add(page)
+        place = page + count_size + number(page, count_size) * entry_size
     if not seen:
         raise Refused("has no pages")
 
 
-def _choose_series(tif: tifffile.TiffFile, plane: Plane) -> tifffile.TiffPageSeries:
+def _open(file: BinaryIO) -> TiffFile:
+    """Open this file alone: tifffile would gather the others of a set."""
+    tif = TiffFile(file, offset=0, is_mmstack=False, is_ndtiff=False)
+    # OME-XML gives each file of a set a UUID, and repeats that of its own beside the pages.
+    uuids = re.findall(r"urn:uuid:[^<>\"'\s]+", tif.ome_metadata or "", re.IGNORECASE)
+    if len({uuid.lower() for uuid in uuids}) > 1:
+        return TiffFile(file, offset=0, is_mmstack=False, is_ndtiff=False, is_ome=False)
+    return tif
+
+
+def _choose_series(tif: TiffFile, plane: Plane) -> TiffPageSeries:
     """Return the one full-resolution image of a file, or the one that `plane` names.
 
     Raises:
@@ -91,22 +83,26 @@ def _choose_series(tif: tifffile.TiffFile, plane: Plane) -> tifffile.TiffPageSer
     """
     if tif.is_lsm:
         raise Refused("is a Zeiss LSM file: export it as OME-TIFF (Fiji does)")
-    if tif.series[0].kind in ("uniform", "generic") and (tif.is_imagej or tif.is_stk):
+    found = list(tif.series)
+    if not found:
+        raise Refused("has no pages with pixels")
+    if found[0].kind in ("uniform", "generic") and (tif.is_imagej or tif.is_stk):
         raise Refused("is damaged: it has not the pages that its own description lists")
     # Thumbnails, reduced copies and transparency masks say so in their NewSubfileType tag.
-    whole = [s for s in tif.series if not (s.keyframe.is_reduced or s.keyframe.is_mask)]
-    series = whole or tif.series
-    index = plane.get("series", 0)
-    if len(series) > 1 and ("series" not in plane or not int(index) < len(series)):
-        sizes = ", ".join(f"{s.axes} {'x'.join(map(str, s.shape))}" for s in series[:6])
+    series = [s for s in found if not (s.keyframe.is_reduced or s.keyframe.is_mask)] or found
+    if len(series) == 1:
+        return series[0]
+    index = int(plane.get("series", len(series)))
+    if index >= len(series):
+        sizes = ", ".join(f"{s.axes} {by(s.shape)}" for s in series[:6])
         raise Refused(
-            f"has {len(series)} separate images ({sizes}): choose one with {OPTION}series=0 "
+            f"has {len(series)} separate images ({sizes}): choose one with data.plane=series=0 "
             f"(0 to {len(series) - 1})"
         )
-    return series[int(index) if len(series) > 1 else 0]
+    return series[index]
 
 
-def _has_alpha(page: tifffile.TiffPage) -> bool:
+def _has_alpha(page: TiffPage) -> bool:
     """Tell whether the last sample of each pixel is alpha.
 
     A single extra sample is alpha where ExtraSamples (TIFF 6.0, section 18) says so and, after
@@ -118,45 +114,42 @@ def _has_alpha(page: tifffile.TiffPage) -> bool:
     return is_colour or any(kind in (1, 2) for kind in page.extrasamples)
 
 
-def _check_page(page: tifffile.TiffPage) -> list[str]:
+def _check_page(page: TiffPage) -> list[str]:
     """Return notes on what the samples of a page mean.
 
     Raises:
       Refused: they are not intensities, or not of a type that is kept.
     """
-    notes = []
+    photometric, bits = page.photometric, page.bitspersample
+    is_jpeg_colour = photometric == _YCBCR and page.compression == _JPEG
     if page.compression == _OLD_JPEG:
         raise Refused("has old-style JPEG compression, which readers decode differently: resave it")
     if page.dtype is None:
-        raise Refused(
-            f"has {page.bitspersample}-bit samples of format {page.sampleformat!r}: convert it to "
-            "8-bit or 16-bit unsigned, or float32"
-        )
-    check_dtype(page.dtype)
-    photometric = page.photometric
-    readable = photometric in (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE)
-    if not readable and not (photometric == _YCBCR and page.compression == _JPEG):
+        what = f"{bits}-bit samples of format {page.sampleformat!r}"
+        raise Refused(f"has {what}: convert it to 8-bit or 16-bit unsigned, or float32")
+    picture.check_dtype(page.dtype)
+    numbers = (page.samplesperpixel, page.rowsperstrip, *page.shape, *(page.tile or ()))
+    if not all(isinstance(number, int) for number in numbers):
+        raise Refused("is damaged: a size in its tags is no whole number")
+    if photometric not in (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE) and not is_jpeg_colour:
         name = "CMYK" if photometric == _CMYK else getattr(photometric, "name", photometric)
         raise Refused(f"has {name} colours: convert it to grey or RGB")
+    notes = []
     if photometric == _PALETTE:
-        if page.colormap is None or not is_lookup_ramp(page.colormap.T):
-            raise Refused(
-                "has indexed colours (a label image, or a photograph reduced to a palette): save "
-                "it as grey or RGB (in ImageJ, Image > Lookup Tables > Grays)"
-            )
-        notes.append("palette is a lookup table; its indices are read as intensities")
+        if page.colormap is None or not picture.is_lookup_ramp(page.colormap.T):
+            raise Refused(picture.INDEXED)
+        notes.append(picture.LOOKUP_TABLE)
     if photometric == _MINISWHITE:
         notes.append("white is zero (MinIsWhite); values are as stored, not inverted")
-    if page.bitspersample not in (8, 16, 32):
-        notes.append(f"{page.bitspersample}-bit samples; values are as stored, not scaled")
+    if bits not in (8, 16, 32):
+        notes.append(f"{bits}-bit samples; values are as stored, not scaled")
     if _has_alpha(page):
-        is_premultiplied = 1 in page.extrasamples
-        how = " (colours are premultiplied with it, as stored)" * is_premultiplied
+        how = " (colours are premultiplied with it, as stored)" * (1 in page.extrasamples)
         notes.append(f"alpha channel dropped{how}")
     return notes
 
 
-def _check_segments(page: tifffile.TiffPage, size: int) -> None:
+def _check_segments(page: TiffPage, size: int) -> None:
     """Refuse a page whose strips or tiles are not all there: tifffile would read them as zeros."""
     segments = list(zip(page.dataoffsets, page.databytecounts, strict=False))
     expected = math.prod(page.chunked)
@@ -165,10 +158,14 @@ def _check_segments(page: tifffile.TiffPage, size: int) -> None:
     if len(segments) < expected:
         raise Refused(f"is damaged: it lists {len(segments)} of its {expected} strips or tiles")
     for offset, count in segments:
-        if offset <= 0 or count <= 0:
+        if isinstance(offset, float) or isinstance(count, float) or min(offset, count) <= 0:
             raise Refused("is damaged: a strip or tile has no data")
-        if offset + count > size:
-            raise Refused(f"is truncated: it needs {offset + count} bytes and has {size}")
+        _check_end(offset + count, size)
+
+
+def _check_end(needed: int, size: int) -> None:
+    if needed > size:
+        raise Refused(f"is truncated: it needs {needed} bytes and has {size}")
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
@@ -177,75 +174,69 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">HH", data, at + 5)
+            rows, columns = data[at + 5 : at + 7], data[at + 7 : at + 9]
+            return int.from_bytes(rows, "big"), int.from_bytes(columns, "big")
         at += 1 if marker == 0xFF else 2 + length
     return 0, 0
 
 
-def _check_jpeg_segments(page: tifffile.TiffPage, file: BinaryIO) -> None:
-    """Refuse JPEG strips that end early, which libjpeg fills with grey, or that are too large."""
-    *_, most_rows, most_columns = page.tile or (page.rowsperstrip, page.imagewidth)
-    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
-        file.seek(offset)
-        data = file.read(count)
-        if not data.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
-            raise Refused("is truncated: a JPEG strip or tile has no end")
-        rows, columns = _jpeg_size(data)
-        if rows > most_rows or columns > most_columns:
-            raise Refused("is damaged: a JPEG strip or tile is larger than its place")
+def _decode(page: TiffPage, file: BinaryIO) -> np.ndarray:
+    """Decode a page; JPEG strips that end early, which libjpeg fills with grey, are refused."""
+    if page.compression == _JPEG:
+        *_, most_rows, most_columns = page.tile or (page.rowsperstrip, page.imagewidth)
+        for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+            file.seek(offset)
+            data = file.read(count)
+            if not data.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
+                raise Refused("is truncated: a JPEG strip or tile has no end")
+            rows, columns = _jpeg_size(data)
+            if rows > most_rows or columns > most_columns:
+                raise Refused("is damaged: a JPEG strip or tile is larger than its place")
+    # Callers read many files at once; threads within one would only compete with them.
+    return page.asarray(maxworkers=1)
 
 
-def _page_readers(
-    series: tifffile.TiffPageSeries, file: BinaryIO, indices: tuple[int, ...], page_count: int
-) -> list[Callable[[], np.ndarray]]:
-    """Return, for each page asked for, a function that decodes it; all checks come before.
+def _page_reader(
+    tif: TiffFile, series: TiffPageSeries, file: BinaryIO, wanted: Collection[int]
+) -> Callable[[int], np.ndarray]:
+    """Return a function that decodes one of the wanted pages; all checks come before.
 
     Args:
+      tif: the open file, as tifffile sees it.
       series: to read from.
       file: the open file.
-      indices: of pages in `series`.
-      page_count: how many pages the axes of `series` amount to.
+      wanted: indices of pages in `series`.
     """
-    keyframe, tif = series.keyframe, series.parent
-    size = file_size(file)
-    fewer = min(len(series), len(tif.pages)) < page_count
-    if fewer and series.dataoffset is not None:
+    keyframe, size = series.keyframe, file_size(file)
+    num_pages = math.prod(series.shape) // math.prod(keyframe.shape)
+    fewer = min(len(series), len(tif.pages)) < num_pages
+    if fewer and series.dataoffset is not None and keyframe.parent is tif:
         # One page describes them all; their pixels follow one another (large ImageJ stacks, STK).
-        nbytes, dtype = keyframe.nbytes, keyframe.dtype.newbyteorder(tif.byteorder)
-        needed = series.dataoffset + page_count * nbytes
-        if needed > size:
-            raise Refused(f"is truncated: it needs {needed} bytes and has {size}")
+        dtype = keyframe.dtype.newbyteorder(tif.byteorder)
+        _check_end(series.dataoffset + num_pages * keyframe.nbytes, size)
 
-        def read_at(offset: int) -> np.ndarray:
-            file.seek(offset)
-            pixels = np.frombuffer(file.read(nbytes), dtype).reshape(keyframe.shape)
-            return pixels.astype(keyframe.dtype)
+        def read(k: int) -> np.ndarray:
+            file.seek(series.dataoffset + k * keyframe.nbytes)
+            pixels = np.frombuffer(file.read(keyframe.nbytes), dtype)
+            return pixels.reshape(keyframe.shape).astype(keyframe.dtype)
 
-        return [partial(read_at, series.dataoffset + k * nbytes) for k in indices]
+        return read
 
-    readers: list[Callable[[], np.ndarray]] = []
-    for k in indices:
+    pages = {}
+    for k in wanted:
         frame = series[k] if k < len(series) else None
-        if frame is None:
+        if frame is None or frame.parent is not tif:
             raise Refused(
-                f"lacks page {k} of the {page_count} it describes: it is one file of a set, or an "
+                f"lacks page {k} of the {num_pages} it describes: it is one file of a set, or an "
                 "acquisition that was cut short"
             )
         # A frame takes its layout from the first page on trust; the page itself is asked here.
-        page = frame if frame.is_virtual else frame.aspage()
+        page = pages[k] = frame if frame.is_virtual else frame.aspage()
         if (page.shape, page.dtype) != (keyframe.shape, keyframe.dtype):
             raise Refused(f"has pages of different sizes or types (page {k})")
         _check_page(page.keyframe)
         _check_segments(page, size)
-        readers.append(partial(_decode, page, file))
-    return readers
-
-
-def _decode(page: tifffile.TiffPage, file: BinaryIO) -> np.ndarray:
-    if page.compression == _JPEG:
-        _check_jpeg_segments(page, file)
-    # Callers read many files at once; threads within one would only compete with them.
-    return page.asarray(maxworkers=1)
+    return lambda k: _decode(pages[k], file)
 
 
 def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
@@ -258,44 +249,37 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     Raises:
       Refused: the axes leave a choice, the pixels are no intensities, or the file is damaged.
     """
-    size = file_size(file)
     _check_page_list(file)
-    file.seek(0)
-    with _quiet():
-        # The arguments keep tifffile from gathering the other files of a set.
-        tif = tifffile.TiffFile(file, _multifile=False, is_mmstack=False, is_ndtiff=False)
-        series = _choose_series(tif, plane)
-        keyframe = series.keyframe
-        notes = _check_page(keyframe)
-        if series.transform is not None:
-            raise Refused("stores scaled values (a gel scanner's format): export it as plain TIFF")
-        if tif.is_ome and series.kind != "ome":
-            notes.append("OME metadata not used (a multi-file set?); only this file is read")
-        axes, shape = series.get_axes(squeeze=True), series.get_shape(squeeze=True)
-        inner = len(keyframe.shape)
-        within = dict(zip(axes[-inner:], shape[-inner:], strict=False))
-        if shape[-inner:] != keyframe.shape or not within.keys() >= {"Y", "X"}:
-            raise Refused(f"has pages {keyframe.shape} that do not fit its axes {axes} {shape}")
-        selection = select(axes, shape, inner, plane)
-        height, width = within["Y"], within["X"]
-        dtype = keyframe.dtype.newbyteorder("=")
-        check_size(height, width, selection.channels, dtype, size)
-        # A small image may claim a tile that is not.
-        *_, tile_height, tile_width = keyframe.tile or (1, 1)
-        check_size(tile_height, tile_width, keyframe.samplesperpixel, dtype, size)
-        readers = _page_readers(series, file, selection.pages, math.prod(shape[:-inner]))
-        samples = selection.channels // len(readers)
-        channels = selection.channels - int(samples > 1 and _has_alpha(keyframe))
+    tif, size = _open(file), file_size(file)
+    series = _choose_series(tif, plane)
+    keyframe = series.keyframe
+    notes = _check_page(keyframe)
+    if series.transform is not None:
+        raise Refused("stores scaled values (a gel scanner's format): export it as plain TIFF")
+    if tif.pages[0].is_ome and series.kind != "ome":
+        notes.append("OME metadata not used (a multi-file set?); only this file is read")
+    named = zip(series.axes, series.shape, strict=True)
+    sizes = [(axis, n) for axis, n in named if n != 1 or axis in "XY"]
+    axes, shape = "".join(axis for axis, _ in sizes), tuple(n for _, n in sizes)
+    inner = len(keyframe.shape)
+    if shape[-inner:] != keyframe.shape or not {*"YX"} <= {*axes[-inner:]}:
+        raise Refused(f"has pages {keyframe.shape} that do not fit its axes {axes} {shape}")
+    if math.prod(shape[:-inner]) > size:
+        raise Refused(f"is damaged: it describes more pages ({by(shape)}) than it has bytes")
+    selection = select(axes, shape, inner, plane)
+    dtype = keyframe.dtype.newbyteorder("=")
+    check_size(selection.shape, dtype, size)
+    # A small image may claim a tile that is not.
+    *_, rows, columns = keyframe.tile or (1, 1)
+    check_size((rows, columns, keyframe.samplesperpixel), dtype, size)
+    read = _page_reader(tif, series, file, {k for pages in selection.pages for k in pages})
+    height, width, channels = selection.shape
+    channels -= channels > len(selection.pages) and _has_alpha(keyframe)
+    tag = keyframe.tags.valueof(274, default=1)
+    orientation = int(tag) if tag in range(1, 9) else 1
+    notes += selection.notes
 
     def decode() -> np.ndarray:
-        with _quiet():
-            parts = (selection.take(read()) for read in readers)
-            if len(readers) == 1:
-                return next(parts)[..., :channels]
-            pixels = np.empty((height, width, selection.channels), dtype)
-            for k, part in enumerate(parts):
-                pixels[..., k * samples : (k + 1) * samples] = part
-            return pixels
+        return selection.assemble(read, dtype)[..., :channels]
 
-    orientation = keyframe.tags.valueof(274, default=1)
-    return Picture(height, width, channels, dtype, decode, orientation, tuple(notes))
+    return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
