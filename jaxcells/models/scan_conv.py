@@ -36,19 +36,30 @@ def scan_convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array
     A kernel of side 1 becomes a matrix product, whose gradients are matrix products.
     """
     if kernel.shape[0] == 1:
-        return x[:, ::stride, ::stride] @ kernel[0, 0]
+        return _multiply(x[:, ::stride, ::stride], kernel[0, 0])
     return _convolve(x, kernel, stride)
+
+
+@jax.custom_vjp
+def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel
+
+
+def _multiply_backward(
+    operands: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # By itself, the CPU sums this product over all positions of all images in their own dtype.
+    x, kernel = operands
+    sums = jnp.einsum("bhwc,bhwo->co", x, cotangent, preferred_element_type=jnp.float32)
+    return cotangent @ kernel.T, sums.astype(kernel.dtype)
+
+
+_multiply.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _multiply_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return convolve(x, kernel, stride)
-
-
-def _forward(
-    x: jax.Array, kernel: jax.Array, stride: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return convolve(x, kernel, stride), (x, kernel)
 
 
 def _backward(
@@ -63,7 +74,7 @@ def _backward(
     )
 
 
-_convolve.defvjp(_forward, _backward)
+_convolve.defvjp(lambda x, kernel, stride: (convolve(x, kernel, stride), (x, kernel)), _backward)
 
 
 def _gradients(
