@@ -17,14 +17,15 @@ _STAGE_SIZES = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
+    # For small images: three stages of n bottlenecks make 9n + 2 layers.
+    164: (18, 18, 18),
+    1001: (111, 111, 111),
 }
-# For small images, three stages of n bottlenecks make 9n + 2 layers.
-_CIFAR_STAGE_SIZES = {depth: ((depth - 2) // 9,) * 3 for depth in (164, 1001)}
 # The basic block and the bottleneck of every kind, and its depths.
 _KINDS = {
     "resnet": (BasicBlock, Bottleneck, (18, 34, 50, 101, 152)),
     "plain": (BasicBlock, Bottleneck, (18, 34, 50, 101, 152)),
-    "preact": (PreActBasic, PreActBottleneck, (*_STAGE_SIZES, *_CIFAR_STAGE_SIZES)),
+    "preact": (PreActBasic, PreActBottleneck, tuple(_STAGE_SIZES)),
 }
 
 MODEL_NAMES = tuple(f"{kind}{depth}" for kind, (*_, depths) in _KINDS.items() for depth in depths)
@@ -70,16 +71,16 @@ def create_model(
             f"resnet34, of {grammar}"
         )
     if zero_init_residual and kind != "resnet":
-        why = {
-            "plain": "has no shortcuts and would stay at zero for ever",
-            "preact": "has branches that end in a convolution, not in a norm",
-        }
-        raise Error(f"{name} {why[kind]}: set model.zero_init_residual=False")
+        raise Error(
+            f"model.zero_init_residual=True is for resnet alone, not for {name}: plain has no "
+            "shortcuts and would stay at zero for ever, preact no norms at the ends of its "
+            "branches; set model.zero_init_residual=False"
+        )
     basic, bottleneck, _ = _KINDS[kind]
     depth = int(name.removeprefix(kind))
-    cifar = depth in _CIFAR_STAGE_SIZES
+    cifar = len(_STAGE_SIZES[depth]) == 3
     return ResNet(
-        stage_sizes=_CIFAR_STAGE_SIZES[depth] if cifar else _STAGE_SIZES[depth],
+        stage_sizes=_STAGE_SIZES[depth],
         block=basic if depth < 50 else bottleneck,
         num_classes=num_classes,
         width=width or (16 if cifar else 64),

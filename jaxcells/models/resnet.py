@@ -156,9 +156,17 @@ class ResNet(nn.Module):
     def segments(self) -> tuple[tuple[str, ...], ...]:
         """Names of the top-level parameters in each segment, in the order of the computation."""
         stem = ("conv1",) if self.cifar else ("conv1", "bn1")
-        blocks = [(f"layer{stage}_{index}",) for stage, index, _ in self._layout()]
+        blocks = [(f"layer{stage}_{index}",) for stage, index, _ in self.layout()]
         pool = ("final_bn",) if self.block.preactivated else ()
         return (stem, *blocks, pool, ("fc",))
+
+    def layout(self) -> Iterator[tuple[int, int | str, int]]:
+        """Stage and index of every block, and how many are stacked in it: 1 but for "rest"."""
+        for stage, num_blocks in enumerate(self.stage_sizes, start=1):
+            num_single = 1 if self.scan else num_blocks
+            yield from ((stage, index, 1) for index in range(num_single))
+            if num_single < num_blocks:
+                yield stage, "rest", num_blocks - num_single
 
     @nn.compact
     def __call__(
@@ -181,14 +189,6 @@ class ResNet(nn.Module):
             x = segment(x, train=train)
         return x
 
-    def _layout(self) -> Iterator[tuple[int, int | str, int]]:
-        """Stage and index of every block, and how many it stands for: stacked ones are "rest"."""
-        for stage, num_blocks in enumerate(self.stage_sizes, start=1):
-            num_single = 1 if self.scan else num_blocks
-            yield from ((stage, index, 1) for index in range(num_single))
-            if num_single < num_blocks:
-                yield stage, "rest", num_blocks - num_single
-
     def _stem(self, x: jax.Array, *, train: bool) -> jax.Array:
         if self.cifar:
             return Conv(self.width, 3, dtype=self.dtype, name="conv1")(x)
@@ -197,10 +197,10 @@ class ResNet(nn.Module):
         return MaxPool(name="maxpool")(nn.relu(norm(x, name="bn1")))
 
     def _blocks(self) -> Iterator[Layer]:
-        for stage, index, number in self._layout():
+        for stage, index, number in self.layout():
             if self.block.preactivated:
                 activated = (stage, index) == (1, 0) and not self.cifar
-                own = {"activated": activated, "in_scan": index == "rest"}
+                own: dict[str, Any] = {"activated": activated, "in_scan": index == "rest"}
             else:
                 own = {"shortcut": self.shortcut, "zero_init_residual": self.zero_init_residual}
             block = self.block(
@@ -237,8 +237,7 @@ def _repeat(block: Block, number: int) -> Layer:
             split_rngs={"params": True},
             length=number,
         )
-        x, _ = scan(block, x)
-        return x
+        return scan(block, x)[0]
 
     return run
 
