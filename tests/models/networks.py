@@ -41,9 +41,9 @@ def small(name, *, sizes=(2, 1), width=4, **attributes):
 
 
 @functools.cache
-def params(name, num_classes=2, **attributes):
-    """Shapes and dtypes of the parameters of a whole network, by path."""
-    model = create_model(name, num_classes=num_classes, **attributes)
+def params(name, **attributes):
+    """Shapes and dtypes of the parameters of a whole network of 1000 classes, by path."""
+    model = create_model(name, num_classes=1000, **attributes)
     return flatten_dict(shapes(model, jnp.zeros((1, 32, 32, 3)))["params"], sep="/")
 
 
