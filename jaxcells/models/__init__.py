@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxcells.files import Error
-from jaxcells.models.preact import BasicUnit, BottleneckUnit, PreActResNet
+from jaxcells.models.preact import PreActBasic, PreActBottleneck
 from jaxcells.models.resnet import BasicBlock, Bottleneck, ResNet
 
 # He et al. 2016, table 1; for 200 layers, He et al. 2016b, section 5.
@@ -17,23 +17,18 @@ _STAGE_SIZES = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
+    # For small images: three stages of n bottlenecks make 9n + 2 layers.
+    164: (18, 18, 18),
+    1001: (111, 111, 111),
 }
-_V1 = {
-    f"{kind}{depth}": (BasicBlock if depth < 50 else Bottleneck, sizes, kind == "resnet")
-    for kind in ("resnet", "plain")
-    for depth, sizes in _STAGE_SIZES.items()
-    if depth <= 152
-}
-_V2 = {
-    f"preact{depth}": (BasicUnit if depth < 50 else BottleneckUnit, sizes, False)
-    for depth, sizes in _STAGE_SIZES.items()
-} | {
-    # Three stages of n bottlenecks: 9n + 2 layers.
-    f"preact{depth}": (BottleneckUnit, ((depth - 2) // 9,) * 3, True)
-    for depth in (164, 1001)
+# The basic block and the bottleneck of every kind, and its depths.
+_KINDS = {
+    "resnet": (BasicBlock, Bottleneck, (18, 34, 50, 101, 152)),
+    "plain": (BasicBlock, Bottleneck, (18, 34, 50, 101, 152)),
+    "preact": (PreActBasic, PreActBottleneck, tuple(_STAGE_SIZES)),
 }
 
-MODEL_NAMES = (*_V1, *_V2)
+MODEL_NAMES = tuple(f"{kind}{depth}" for kind, (*_, depths) in _KINDS.items() for depth in depths)
 
 __all__ = ["MODEL_NAMES", "create_model"]
 
@@ -47,7 +42,7 @@ def create_model(
     zero_init_residual: bool = False,
     norms: bool = True,
     scan: bool = True,
-) -> ResNet | PreActResNet:
+) -> ResNet:
     """Makes the network called `name`.
 
     Args:
@@ -59,7 +54,7 @@ def create_model(
             `preact164` and `preact1001`, 64 for all others.
         zero_init_residual: start every residual block as the identity.
         norms: False leaves the batch norms out.
-        scan: False runs a `preact` network unit after unit, see `PreActResNet`.
+        scan: False runs a `preact` network unit after unit, see `ResNet`.
 
     Returns:
         A module with `apply(variables, x, train=...)`, see `ResNet`.
@@ -68,41 +63,31 @@ def create_model(
         Error: no such name, or zero_init_residual for a network that it would keep at zero or that
             has no norm at the end of its branches.
     """
-    if name in _V2:
-        unit, stage_sizes, cifar = _V2[name]
-        if zero_init_residual:
-            raise Error(
-                f"model.zero_init_residual=True cannot be had for {name}, whose branches end in a "
-                "convolution instead of a norm: set --config.model.zero_init_residual=False"
-            )
-        return PreActResNet(
-            stage_sizes=stage_sizes,
-            unit=unit,
-            num_classes=num_classes,
-            width=width or (16 if cifar else 64),
-            cifar=cifar,
-            norms=norms,
-            dtype=jnp.dtype(dtype),
-            scan=scan,
-        )
-    if name not in _V1:
+    kind = name.rstrip("0123456789")
+    if name not in MODEL_NAMES:
+        grammar = "; ".join(f"{k} with {', '.join(map(str, v[-1]))}" for k, v in _KINDS.items())
         raise Error(
-            f"model.name={name!r} is not known: set --config.model.name to one of "
-            f"{', '.join(MODEL_NAMES)}"
+            f"model.name={name} is no network: choose a kind and a number of layers, as in "
+            f"resnet34, of {grammar}"
         )
-    block, stage_sizes, shortcut = _V1[name]
-    if zero_init_residual and not shortcut:
+    if zero_init_residual and kind != "resnet":
         raise Error(
-            f"model.zero_init_residual=True would leave {name} at zero for ever, since it has no "
-            "shortcuts: set --config.model.zero_init_residual=False"
+            f"model.zero_init_residual=True is for resnet alone, not for {name}: plain has no "
+            "shortcuts and would stay at zero for ever, preact no norms at the ends of its "
+            "branches; set model.zero_init_residual=False"
         )
+    basic, bottleneck, _ = _KINDS[kind]
+    depth = int(name.removeprefix(kind))
+    cifar = len(_STAGE_SIZES[depth]) == 3
     return ResNet(
-        stage_sizes=stage_sizes,
-        block=block,
+        stage_sizes=_STAGE_SIZES[depth],
+        block=basic if depth < 50 else bottleneck,
         num_classes=num_classes,
-        width=width or 64,
-        shortcut=shortcut,
+        width=width or (16 if cifar else 64),
+        cifar=cifar,
+        shortcut=kind != "plain",
         zero_init_residual=zero_init_residual,
         norms=norms,
         dtype=jnp.dtype(dtype),
+        scan=scan and kind == "preact",
     )

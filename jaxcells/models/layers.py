@@ -74,22 +74,10 @@ def norm_layer(
     def norm(x: jax.Array, **attributes: Any) -> jax.Array:
         return BatchNorm(dtype=dtype, **attributes)(x, use_running_average=not train)
 
-    def no_norm(x: jax.Array, **attributes: Any) -> jax.Array:
-        return x
-
-    return norm if enabled else no_norm
+    return norm if enabled else lambda x, **_: x
 
 
 class MaxPool(nn.Module):
-    """`max_pool` as a layer without parameters, so that a table of layers shows it."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[B, H, W, C]` to `[B, ceil(H / 2), ceil(W / 2), C]`."""
-        return max_pool(x)
-
-
-def max_pool(x: jax.Array) -> jax.Array:
     """Takes the maximum over 3x3 windows at stride 2, with a border of -inf.
 
     The maximum of three shifted slices along each axis in turn: equal to `nn.max_pool`, and its
@@ -97,21 +85,21 @@ def max_pool(x: jax.Array) -> jax.Array:
     takes three to five times as long on a CPU. Positions that tie for the maximum share the
     gradient; torch gives it to the first. NaN propagates.
 
-    Args:
-        x: `[B, H, W, C]`, floating point.
-
-    Returns:
-        `[B, ceil(H / 2), ceil(W / 2), C]`.
+    A module, though it has no parameters, so that a table of layers shows it.
     """
-    for axis in (1, 2):
-        size = x.shape[axis]
-        half = (size + 1) // 2
-        border = [(0, 0)] * x.ndim
-        border[axis] = (1, 2 * half - size)
-        padded = jnp.pad(x, border, constant_values=-jnp.inf)
-        first, second, third = (
-            lax.slice_in_dim(padded, start, start + 2 * half - 1, stride=2, axis=axis)
-            for start in range(3)
-        )
-        x = jnp.maximum(jnp.maximum(first, second), third)
-    return x
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, C]`, floating point, to `[B, ceil(H / 2), ceil(W / 2), C]`."""
+        for axis in (1, 2):
+            size = x.shape[axis]
+            half = (size + 1) // 2
+            border = [(0, 0)] * x.ndim
+            border[axis] = (1, 2 * half - size)
+            padded = jnp.pad(x, border, constant_values=-jnp.inf)
+            first, second, third = (
+                lax.slice_in_dim(padded, start, start + 2 * half - 1, stride=2, axis=axis)
+                for start in range(3)
+            )
+            x = jnp.maximum(jnp.maximum(first, second), third)
+        return x

@@ -30,25 +30,19 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     return _convolution(x, kernel, border=kernel.shape[0] // 2, stride=stride)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scan_convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """The same as `convolve`, for the body of a loop; can be differentiated in reverse mode only.
 
     A kernel of side 1 becomes a matrix product, whose gradients are matrix products.
     """
+    return _multiply_or_convolve(x, kernel, stride)
+
+
+def _multiply_or_convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     if kernel.shape[0] == 1:
         return x[:, ::stride, ::stride] @ kernel[0, 0]
-    return _convolve(x, kernel, stride)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return convolve(x, kernel, stride)
-
-
-def _forward(
-    x: jax.Array, kernel: jax.Array, stride: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return convolve(x, kernel, stride), (x, kernel)
 
 
 def _backward(
@@ -59,17 +53,15 @@ def _backward(
         *operands,
         cotangent,
         cpu=partial(_canonical_gradients, stride=stride),
-        default=partial(_gradients, stride=stride),
+        default=lambda x, kernel, cotangent: jax.vjp(
+            partial(_multiply_or_convolve, stride=stride), x, kernel
+        )[1](cotangent),
     )
 
 
-_convolve.defvjp(_forward, _backward)
-
-
-def _gradients(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, *, stride: int
-) -> tuple[jax.Array, jax.Array]:
-    return jax.vjp(partial(convolve, stride=stride), x, kernel)[1](cotangent)
+scan_convolve.defvjp(
+    lambda x, kernel, stride: (scan_convolve(x, kernel, stride), (x, kernel)), _backward
+)
 
 
 def _canonical_gradients(
@@ -82,8 +74,11 @@ def _canonical_gradients(
         for size, kept in zip(x.shape[1:3], cotangent.shape[1:3], strict=True)
     ]
     cotangent = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
-    images = convolve(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
-
+    images = scan_convolve(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
+    if kernel.shape[0] == 1:
+        # By itself, a product of bfloat16 is summed in bfloat16, over all positions of all images.
+        sums = jnp.einsum("bhwc,bhwo->co", x, cotangent, preferred_element_type=jnp.float32)
+        return images, sums[None, None].astype(kernel.dtype)
     # Over channels as images, images as channels and the gradient as a kernel of the image's size.
     by_channel = _convolution(
         x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), border=kernel.shape[0] // 2

@@ -6,27 +6,21 @@ the network.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
-from jaxcells.files import write_whole
-from jaxcells.models.layers import MaxPool
-
-_COLUMNS = (
-    *("name", "kind", "kernel", "stride", "output", "parameters", "multiply_adds"),
-    *("receptive_field", "repeats"),
-)
+from jaxcells.files import write_csv
+from jaxcells.models.layers import Conv, MaxPool
+from jaxcells.models.resnet import ResNet
+from jaxcells.text import by, text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Layer:
         return self.name.rpartition("/")[2].startswith("downsample")
 
 
-def summarize(model: nn.Module, input_shape: Sequence[int]) -> tuple[Layer, ...]:
+def summarize(model: ResNet, input_shape: Sequence[int]) -> tuple[Layer, ...]:
     """Lists the layers of a network in the order of the computation.
 
     Args:
@@ -79,32 +73,25 @@ def summarize(model: nn.Module, input_shape: Sequence[int]) -> tuple[Layer, ...]
         A row for every convolution, norm, pooling and dense layer.
     """
     rows: dict[tuple[str, ...], Layer] = {}
+    repeats = {f"layer{stage}_{index}": number for stage, index, number in model.layout()}
 
-    def record(
-        run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
+    def record(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y = run(*args, **kwargs)
         module = context.module
         params = module.variables.get("params", {})
         own = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
         if own or isinstance(module, MaxPool):
             # A scanned block is traced more than once: the same row again.
-            rows[module.path] = _layer(module, own, y.shape[1:])
+            rows[module.path] = _layer(module, own, y.shape[1:], repeats.get(module.path[0], 1))
         return y
 
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(
-            lambda: model.init(jax.random.key(0), jnp.zeros((1, *input_shape)), train=False)
-        )
-    # What a scan stacks has one more axis here than within the trace of its body.
-    sizes: Counter[tuple[str, ...]] = Counter()
-    for path, leaf in flatten_dict(variables["params"]).items():
-        sizes[path[:-1]] += leaf.size
-    layers = [
-        _repeated(layer, sizes[path] // layer.parameters if layer.parameters else 1)
-        for path, layer in rows.items()
-    ]
-    return tuple(_with_receptive_fields(_with_mean(layers)))
+        images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    # The mean over the image is no module.
+    *body, head = rows.values()
+    mean = Layer("avgpool", "mean", 1, 1, body[-1].output[-1:], 0, 0, None)
+    return tuple(_with_receptive_fields([*body, mean, head]))
 
 
 def totals(layers: Iterable[Layer]) -> tuple[int, int]:
@@ -115,83 +102,52 @@ def totals(layers: Iterable[Layer]) -> tuple[int, int]:
 
 def layer_table(layers: Sequence[Layer]) -> str:
     """Returns the table as text, with the totals below."""
-    parameters, multiply_adds = totals(layers)
     header = ("layer", "kind", "kernel", "output", "parameters", "multiply-adds", "receptive field")
-    body = [
+    rows = [
         (
             layer.name + (f" x{layer.repeats}" if layer.repeats > 1 else ""),
             layer.kind,
             _window(layer),
-            _by(layer.output),
+            by(layer.output),
             f"{layer.parameters:,}" if layer.parameters else "",
             f"{layer.multiply_adds:,}" if layer.multiply_adds else "",
             str(layer.receptive_field or "all"),
         )
         for layer in layers
     ]
-    total = ("total", "", "", "", f"{parameters:,}", f"{multiply_adds:,}", "")
-    widths = [max(map(len, column)) for column in zip(header, *body, total, strict=True)]
-    align = ("<", "<", "<", "<", ">", ">", ">")
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (f"{c:{a}{w}}" for c, a, w in zip(cells, align, widths, strict=True))
-        return "  ".join(padded).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(header), rule, *map(line, body), rule, line(total)])
+    parameters, multiply_adds = totals(layers)
+    rows.append(("total", "", "", "", f"{parameters:,}", f"{multiply_adds:,}", ""))
+    head, *body, total = text_table(header, rows, left=4).split("\n")
+    rule = "-" * len(head)
+    return "\n".join([head, rule, *body, rule, total])
 
 
 def write_layers_csv(path: Path, layers: Iterable[Layer]) -> None:
     """Writes a line per layer under the names of its attributes; an output is written `HxWxC`."""
-    with write_whole(path) as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        for layer in layers:
-            row = dataclasses.asdict(layer) | {"output": _by(layer.output)}
-            row["receptive_field"] = layer.receptive_field or "all"
-            writer.writerow(row)
+    rows = [
+        dataclasses.asdict(layer)
+        | {"output": by(layer.output), "receptive_field": layer.receptive_field or "all"}
+        for layer in layers
+    ]
+    header = [field.name for field in dataclasses.fields(Layer)]
+    write_csv(path, header, [list(row.values()) for row in rows])
 
 
-def _layer(module: nn.Module, params: Mapping[str, jax.Array], output: tuple[int, ...]) -> Layer:
-    """A row for one module; its receptive field is not known yet."""
+def _layer(
+    module: nn.Module, params: Mapping[str, jax.Array], output: tuple[int, ...], repeats: int
+) -> Layer:
+    """A row for one module, or for as many as are stacked; its receptive field is not known yet."""
     kind, kernel, stride, multiply_adds = "norm", 1, 1, 0
     if isinstance(module, MaxPool):
         kind, kernel, stride = "max pool", 3, 2
     elif "kernel" in params:
-        weights = params["kernel"]
-        multiply_adds = weights.size * math.prod(output[:-1])
+        multiply_adds = repeats * params["kernel"].size * math.prod(output[:-1])
         kind = "dense"
-        if weights.ndim == 4:
-            kind, kernel, stride = "conv", weights.shape[0], module.stride
-    return Layer(
-        name="/".join(module.path),
-        kind=kind,
-        kernel=kernel,
-        stride=stride,
-        output=output,
-        parameters=sum(leaf.size for leaf in params.values()),
-        multiply_adds=multiply_adds,
-        receptive_field=None,
-    )
-
-
-def _repeated(layer: Layer, repeats: int) -> Layer:
-    return dataclasses.replace(
-        layer,
-        parameters=layer.parameters * repeats,
-        multiply_adds=layer.multiply_adds * repeats,
-        repeats=repeats,
-    )
-
-
-def _with_mean(layers: Iterable[Layer]) -> Iterator[Layer]:
-    """Adds the mean over the image, which is no module: where its axes are gone, it was taken."""
-    last = None
-    for layer in layers:
-        if last and len(last.output) > len(layer.output):
-            yield Layer("avgpool", "mean", 1, 1, last.output[-1:], 0, 0, None)
-        yield layer
-        last = layer
+        if isinstance(module, Conv):
+            kind, kernel, stride = "conv", module.kernel_size, module.stride
+    parameters = repeats * sum(leaf.size for leaf in params.values())
+    name = "/".join(module.path)
+    return Layer(name, kind, kernel, stride, output, parameters, multiply_adds, None, repeats)
 
 
 def _with_receptive_fields(layers: Iterable[Layer]) -> Iterator[Layer]:
@@ -204,27 +160,20 @@ def _with_receptive_fields(layers: Iterable[Layer]) -> Iterator[Layer]:
     side, step = 1, 1
     for _, group in itertools.groupby(layers, key=lambda layer: layer.block):
         block = list(group)
-        at = {False: (side, step), True: (side, step)}  # in the branch, in the shortcut
-        sides = []
+        sides = {}
+        for _ in range(block[0].repeats):
+            at = {False: (side, step), True: (side, step)}  # in the branch, in the shortcut
+            for layer in block:
+                before, apart = at[layer.in_shortcut]
+                sides[layer.name] = before + (layer.kernel - 1) * apart
+                at[layer.in_shortcut] = sides[layer.name], apart * layer.stride
+            side, step = at[False]
         for layer in block:
-            before, apart = at[layer.in_shortcut]
-            sides.append(before + (layer.kernel - 1) * apart)
-            at[layer.in_shortcut] = sides[-1], apart * layer.stride
-        repeats = block[0].repeats
-        growth, (side, step) = at[False][0] - side, at[False]
-        side += (repeats - 1) * growth
-        for layer, seen in zip(block, sides, strict=True):
             whole = len(layer.output) == 1
-            field = None if whole else seen + (repeats - 1) * growth
-            yield dataclasses.replace(layer, receptive_field=field)
+            yield dataclasses.replace(layer, receptive_field=None if whole else sides[layer.name])
 
 
 def _window(layer: Layer) -> str:
     if layer.kind not in ("conv", "max pool"):
         return ""
-    size = f"{layer.kernel}x{layer.kernel}"
-    return f"{size}/{layer.stride}" if layer.stride > 1 else size
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
+    return by([layer.kernel] * 2) + (f"/{layer.stride}" if layer.stride > 1 else "")

@@ -1,48 +1,55 @@
-"""Puts weights from elsewhere into a network's variables, with every tensor accounted for."""
+"""Weights in the form of timm and torchvision, and an account of every tensor that is taken over.
 
+Our modules carry torchvision's names, so the port is a rename and a transpose:
+
+    params/layer1_0/conv1/kernel  [H, W, I, O]  ⇄  layer1.0.conv1.weight  [O, I, H, W]
+    params/layer1_0/bn1/scale, bias             ⇄  layer1.0.bn1.weight, bias
+    batch_stats/layer1_0/bn1/mean, var          ⇄  layer1.0.bn1.running_mean, running_var
+    params/layer2_0/downsample_conv/kernel      ⇄  layer2.0.downsample.0.weight
+    params/layer2_0/downsample_bn/scale         ⇄  layer2.0.downsample.1.weight
+    params/fc/kernel              [I, O]        ⇄  fc.weight              [O, I]
+
+Blocks that a pre-activation network runs in a scan are stacked, and single in a file:
+
+    params/layer1_rest/conv1/kernel  [n - 1, H, W, I, O]  ⇄  layer1.1.conv1.weight, layer1.2.…
+"""
+
+import collections
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
 from jaxcells.files import Error
-from jaxcells.models.preact import unstack
-from jaxcells.models.torch_format import (
-    KeyPath,
-    flax_layout,
-    flax_to_torch_name,
-    from_torch,
-    load_metadata,
-    load_safetensors,
-    stack,
-    to_torch,
-    torch_to_flax_name,
-)
+from jaxcells.models.resnet import unstack
+from jaxcells.text import one_line, some
 
-__all__ = [
-    "Conv1",
-    "PortError",
-    "PortReport",
-    "flax_to_torch_name",
-    "from_torch",
-    "load_metadata",
-    "load_pretrained",
-    "load_safetensors",
-    "to_torch",
-    "torch_to_flax_name",
-    "transfer",
-]
-
+KeyPath = tuple[str, ...]
 Variables = Mapping[str, Any]
 Conv1 = Literal["adapt", "fresh"]
 
 _CONV1 = ("params", "conv1", "kernel")
 _MOST_NAMES = 12  # of a kind, in a message of one line
+# torch.nn.BatchNorm2d counts its training batches to average without momentum; we always have one.
+_BATCH_COUNTER = "num_batches_tracked"
+_MODULES = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+_TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
+_CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "w = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "save_file({k: v.contiguous() for k, v in w.get('state_dict', w).items()}, sys.argv[2])"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +96,13 @@ class PortReport:
     def problems(self, most: int | None = None) -> str:
         """Returns one line that lists what does not fit; "" if everything does.
 
-        A layer that one side has not at all stands for its tensors, and a first and a last layer
-        for those between them.
-
         Args:
-          most: how many names of a kind to list before "and … more"; None lists all.
+          most: how many names of a kind to list; None lists all.
         """
-        fitting = (*self.loaded, *self.adapted, *self.fresh, *self.skipped, *self.unfit)
-        kinds = (
-            ("unexpected", self.unexpected, _as_layers(self.unexpected, fitting)),
-            ("missing", self.missing, _as_layers(self.missing, fitting)),
-            ("unfit", self.unfit, self.unfit),
-        )
         return ", ".join(
-            f"{len(names)} {kind} ({_listed(shown, most)})" for kind, names, shown in kinds if names
+            f"{len(names)} {kind} ({some(names, most or len(names))})"
+            for kind in ("unexpected", "missing", "unfit")
+            if (names := getattr(self, kind))
         )
 
 
@@ -111,9 +111,12 @@ class PortError(Error):
 
     def __init__(self, report: PortReport):
         self.report = report
+        advice = "set model.name to the network these weights are of, or init=random"
+        if all("downsample" in n for n in (*report.unexpected, *report.missing, *report.unfit)):
+            advice = f"one network is plain, without shortcuts, and the other is not; {advice}"
         super().__init__(
             f"{report.source}: tensors do not fit the network: {report.problems(_MOST_NAMES)}; "
-            f"{_advice(report)}"
+            f"{advice}"
         )
 
 
@@ -146,17 +149,8 @@ def load_pretrained(
       Error: the file cannot be read, see `load_safetensors`.
     """
     if isinstance(source, Mapping):
-        origin, tensors = "the given weights", source
-    else:
-        origin, tensors = os.fspath(source), load_safetensors(source)
-    found, ignored = {}, []
-    for name, tensor in tensors.items():
-        if torch_to_flax_name(name, tensor.ndim) is None:
-            ignored.append(name)
-        else:
-            found[name] = flax_layout(tensor)
-    merged, report = _merge(found, variables, flax_to_torch_name, origin, conv1, other_classes)
-    return merged, dataclasses.replace(report, ignored=tuple(ignored))
+        return _merge(source, variables, "the given weights", conv1, other_classes)
+    return _merge(load_safetensors(source), variables, os.fspath(source), conv1, other_classes)
 
 
 def transfer(
@@ -170,8 +164,8 @@ def transfer(
     """Puts the variables of another run into `variables`, as `load_pretrained` does.
 
     Args:
-      source_variables: what the other run ended with. Units may be stacked there and not here, or
-        here and not there.
+      source_variables: what the other run ended with. Blocks may be stacked there and not here, or
+        here and not there. The report has torch's names for them.
       variables: `{"params", "batch_stats"}` of the network, freshly initialised. Not changed.
       source: what messages call the other run, such as its workdir.
       conv1: see `load_pretrained`.
@@ -180,136 +174,131 @@ def transfer(
     Raises:
       PortError: missing, unexpected or unfit variables; all of them in one message.
     """
-    flat = flatten_dict(unstack(source_variables))
-    found = {_name(path): np.asarray(leaf) for path, leaf in flat.items()}
-    return _merge(found, variables, _name, source, conv1, other_classes)
+    return _merge(to_torch(source_variables), variables, source, conv1, other_classes)
 
 
-def _name(path: KeyPath) -> str:
-    """Returns the path below the collection: no layer has two leaves of one name."""
-    return "/".join(path[1:])
+def to_torch(variables: Variables) -> dict[str, np.ndarray]:
+    """Returns `variables` under torch's names and in torch's layouts, as contiguous NumPy arrays.
+
+    `num_batches_tracked` is not made up: torch's `load_state_dict` fills it in.
+    """
+    # safetensors writes a transposed view in the order of its memory, silently.
+    return {
+        _torch_name(path): np.ascontiguousarray(
+            np.transpose(leaf, _TO_TORCH.get(leaf.ndim, range(leaf.ndim)))
+        )
+        for path, leaf in flatten_dict(unstack(variables)).items()
+    }
+
+
+def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file by name, in their own shapes and dtypes.
+
+    Raises:
+      Error: no such file, a pickle (which could run any code; the message holds the command that
+        converts it), or not a whole safetensors file.
+    """
+    path = Path(path).expanduser()
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise Error(
+            f"{path}: cannot read the weights ({one_line(error)}); check the path in init"
+        ) from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        with open(path, "rb") as file:
+            is_pickle = file.read(2) in (b"PK", *(b"\x80%c" % protocol for protocol in range(6)))
+        if not is_pickle:
+            raise _not_whole(path, error) from error
+        files = shlex.join([str(path), str(path.with_suffix(".safetensors"))])
+        raise Error(
+            f"{path}: pickled weights are not read, since a pickle can run any code; "
+            f'convert the file where torch is installed: python -c "{_CONVERT}" {files}'
+        ) from error
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the texts that a safetensors file holds beside its tensors; often there are none.
+
+    Raises:
+      Error: not a whole safetensors file.
+    """
+    try:
+        with safe_open(Path(path).expanduser(), framework="numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: str | os.PathLike[str], error: Exception) -> Error:
+    return Error(
+        f"{os.fspath(path)}: not a whole safetensors file ({one_line(error)}); get it or save it "
+        "again"
+    )
+
+
+def _torch_name(path: KeyPath) -> str:
+    """Returns torch's name of a variable, e.g. ("params", "conv1", "kernel") → "conv1.weight"."""
+    *modules, leaf = path[1:]
+    renamed = [re.sub(r"^(layer\d+)_(\d+)$", r"\1.\2", _MODULES.get(m, m)) for m in modules]
+    return ".".join([*renamed, _LEAVES.get(leaf, leaf)])
 
 
 def _merge(
-    found: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
     variables: Variables,
-    name_of: Callable[[KeyPath], str],
     source: str,
     conv1: Conv1,
     other_classes: str,
 ) -> tuple[dict[str, Any], PortReport]:
-    """Fills `variables` from arrays in our layout, found by `name_of` their paths."""
-    flat = flatten_dict(unstack(variables))
-    own = {name_of(path): (path, leaf) for path, leaf in flat.items()}
-    merged = dict(own.values())
-    loaded, adapted, fresh, skipped, missing, unfit = [], [], [], [], [], []
+    """Fills `variables` from tensors with torch's names and layouts."""
+    merged = flatten_dict(unstack(variables))
+    own = {_torch_name(path): path for path in merged}
+    others = [name for name in tensors if name not in own]
+    names = collections.defaultdict(list)
+    names["missing"] = [name for name in own if name not in tensors]
+    names["ignored"] = [name for name in others if name.endswith(_BATCH_COUNTER)]
+    names["unexpected"] = [name for name in others if not name.endswith(_BATCH_COUNTER)]
     skipped_why = ""
-    for name, (path, leaf) in own.items():
-        if name not in found:
-            missing.append(name)
-            continue
-        array = found[name]
-        differing = _differing_axes(array.shape, leaf.shape)
-        is_head = path[:2] == ("params", "fc")
+    for name in [name for name in own if name in tensors]:
+        path, tensor = own[name], tensors[name]
+        array = tensor.transpose(_TO_FLAX.get(tensor.ndim, range(tensor.ndim)))
+        shape, wanted = array.shape, merged[path].shape
+        is_head = path[1] == "fc" and array.ndim == len(wanted) and shape[:-1] == wanted[:-1]
         if path == _CONV1 and conv1 == "fresh":
-            fresh.append(name)
+            names["fresh"].append(name)
         elif not jnp.issubdtype(array.dtype, jnp.floating):
-            unfit.append(f"{name}: numbers of type {array.dtype}")
+            names["unfit"].append(f"{name}: numbers of type {array.dtype}")
         elif not np.isfinite(array.astype(np.float32)).all():
-            unfit.append(f"{name}: not finite")
-        elif is_head and differing == [array.ndim - 1]:
-            skipped.append(name)
-            skipped_why = f"{array.shape[-1]} classes there and {leaf.shape[-1]} here"
-        elif is_head and differing == [] and other_classes:
-            skipped.append(name)
+            names["unfit"].append(f"{name}: not finite")
+        elif is_head and shape != wanted:
+            names["skipped"].append(name)
+            skipped_why = f"{shape[-1]} classes there and {wanted[-1]} here"
+        elif is_head and other_classes:
+            names["skipped"].append(name)
             skipped_why = other_classes
-        elif differing == []:
-            merged[path] = array.astype(leaf.dtype)
-            loaded.append(name)
-        elif path == _CONV1 and differing == [2]:
-            merged[path] = _fit_input_channels(array, leaf.shape[2]).astype(leaf.dtype)
-            adapted.append(name)
+        elif shape == wanted:
+            names["loaded"].append(name)
+            merged[path] = array.astype(merged[path].dtype)
+        elif path == _CONV1 and (*shape[:2], *shape[3:]) == (*wanted[:2], *wanted[3:]):
+            names["adapted"].append(name)
+            share = array.astype(np.float32).sum(axis=2, keepdims=True) / wanted[2]
+            merged[path] = share.repeat(wanted[2], axis=2).astype(merged[path].dtype)
         else:
-            unfit.append(f"{name}: {list(array.shape)} for {list(leaf.shape)}")
-    report = PortReport(
-        source=source,
-        loaded=tuple(loaded),
-        adapted=tuple(adapted),
-        fresh=tuple(fresh),
-        skipped=tuple(skipped),
-        skipped_why=skipped_why,
-        missing=tuple(missing),
-        unexpected=tuple(name for name in found if name not in own),
-        unfit=tuple(unfit),
-    )
-    if report.missing or report.unexpected or report.unfit:
+            names["unfit"].append(f"{name}: {list(shape)} for {list(wanted)}")
+    kinds: dict[str, Any] = {kind: tuple(each) for kind, each in names.items()}
+    report = PortReport(source, skipped_why=skipped_why, **kinds)
+    if report.problems():
         raise PortError(report)
-    return unflatten_dict(stack(merged, flatten_dict(variables))), report
+    return unflatten_dict(_stack(merged, flatten_dict(variables))), report
 
 
-def _differing_axes(shape: tuple[int, ...], other: tuple[int, ...]) -> list[int] | None:
-    """Returns the axes in which two shapes differ; None where their number does."""
-    if len(shape) != len(other):
-        return None
-    return [axis for axis, (m, n) in enumerate(zip(shape, other, strict=True)) if m != n]
-
-
-def _fit_input_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Returns kernel [H, W, I, O] for `channels` inputs, answering equal channels as before."""
-    share = kernel.astype(np.float32).sum(axis=2, keepdims=True) / channels
-    return share.repeat(channels, axis=2)
-
-
-def _advice(report: PortReport) -> str:
-    kinds = (report.unexpected, report.missing, report.unfit)
-    if all("downsample" in name for names in kinds for name in names):
-        if not report.missing:
-            return (
-                "they belong to the shortcuts of a residual network, and this one is plain, with "
-                "none; choose a resnet as --config.model.name, or --config.init=random"
-            )
-        if not report.unexpected:
-            return (
-                "they belong to shortcuts, and these weights are of a plain network, with "
-                "none; choose a plain --config.model.name, or --config.init=random"
-            )
-    return "set --config.model.name to the network these weights are of, or --config.init=random"
-
-
-def _as_layers(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Returns the shortest beginnings, up to a dot or slash, that `names` have and no other has."""
-    taken = {beginning for other in others for beginning in _beginnings(other)}
-    layers = {next((b for b in _beginnings(name) if b not in taken), name) for name in names}
-    return _as_ranges(sorted(layers, key=_natural))
-
-
-def _beginnings(name: str) -> list[str]:
-    return [name[: match.start()] for match in re.finditer(r"[./]", name)]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key for sorting by which layer2 comes before layer10."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
-
-
-def _as_ranges(names: list[str]) -> list[str]:
-    """Writes three names or more that count up as "layer1.2 … layer1.5"."""
-    runs: list[list[str]] = []
-    for name in names:
-        if runs and name == _next_name(runs[-1][-1]):
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-    shown = [[f"{run[0]} … {run[-1]}"] if len(run) > 2 else run for run in runs]
-    return [name for run in shown for name in run]
-
-
-def _next_name(name: str) -> str | None:
-    match = re.fullmatch(r"(.*?)(\d+)", name)
-    return f"{match[1]}{int(match[2]) + 1}" if match else None
-
-
-def _listed(names: Sequence[str], most: int | None) -> str:
-    more = 0 if most is None else len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+def _stack(single: Mapping[KeyPath, Any], like: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:
+    """Inverts `unstack`, on flat variables, for a network whose own are `like`."""
+    stacked = {}
+    for path, leaf in like.items():
+        stage, rest, _ = path[1].partition("_rest")
+        blocks = [f"{stage}_{number}" for number in range(1, leaf.shape[0] + 1)] if rest else []
+        each = [single[path[0], block, *path[2:]] for block in blocks]
+        stacked[path] = np.stack(each) if rest else single[path]
+    return stacked

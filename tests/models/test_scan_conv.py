@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcells.models import scan_conv
 from jaxcells.models.layers import Conv
 from jaxcells.models.scan_conv import convolve, scan_convolve
 
@@ -30,16 +29,6 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(shape, size, st
     actual = _pull_back(partial(scan_convolve, stride=stride), x, kernel)
     for ours, plain in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_are_the_same_on_accelerators():
-    operands = _draw(2, 5, 6, 3), _draw(3, 3, 3, 4, seed=1), _draw(2, 3, 3, 4, seed=2)
-    for there, here in zip(
-        scan_conv._gradients(*operands, stride=2),
-        scan_conv._canonical_gradients(*operands, stride=2),
-        strict=True,
-    ):
-        np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5)
 
 
 def _axis_orders(convolution):
@@ -75,9 +64,8 @@ def test_bfloat16_gradients_are_summed_in_float32(size):
     np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=2**-8)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_layer_is_the_same_in_a_scan(size):
-    layer, x = Conv(6, size, 2), _draw(2, 7, 8, 4)
+def test_layer_is_the_same_in_a_scan():
+    layer, x = Conv(6, 3, 2), _draw(2, 7, 8, 4)
     variables = layer.init(jax.random.key(0), x)
     scanned = layer.clone(in_scan=True)
     jax.tree.map(np.testing.assert_array_equal, scanned.init(jax.random.key(0), x), variables)

@@ -1,27 +1,24 @@
 import pickle
 import shlex
 import zipfile
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from flax.traverse_util import unflatten_dict
+from safetensors.numpy import save_file
 
 from jaxcells import Error
 from jaxcells.models import create_model
+from jaxcells.models.resnet import unstack
 from jaxcells.models.weights import (
     PortError,
-    PortReport,
-    flax_to_torch_name,
-    from_torch,
     load_metadata,
     load_pretrained,
     load_safetensors,
     to_torch,
-    torch_to_flax_name,
     transfer,
 )
 
@@ -75,15 +72,10 @@ def assert_equal(tree, other):
         np.testing.assert_array_equal(tree, other)
 
 
-@pytest.mark.parametrize(("ours", "theirs", "ndim"), NAMES)
-def test_names_both_ways(ours, theirs, ndim):
-    path = tuple(ours.split("/"))
-    assert flax_to_torch_name(path) == theirs
-    assert torch_to_flax_name(theirs, ndim) == path
-
-
-def test_batch_counter_has_no_counterpart():
-    assert torch_to_flax_name("layer2.0.downsample.1.num_batches_tracked", 0) is None
+def test_names():
+    for ours, theirs, ndim in NAMES:
+        path = tuple(ours.split("/"))
+        assert list(to_torch(unflatten_dict({path: np.zeros([1] * ndim)}))) == [theirs]
 
 
 def test_layouts_by_value():
@@ -95,14 +87,6 @@ def test_layouts_by_value():
         assert tensors[weight][o, i, h, w] == kernel[h, w, i, o]
     assert tensors["fc.weight"].shape == (5, 6)
     assert tensors["fc.weight"][4, 1] == variables["params"]["fc"]["kernel"][1, 4]
-    assert_equal(from_torch(tensors), variables)
-
-
-def test_round_trip_through_a_file(tmp_path):
-    # Fails when to_torch returns transposed views: safetensors stores those scrambled.
-    variables = make_variables()
-    save_file(to_torch(variables), tmp_path / "w.safetensors")
-    assert_equal(from_torch(load_safetensors(tmp_path / "w.safetensors")), variables)
 
 
 def test_everything_loaded_when_classes_agree(tmp_path):
@@ -146,7 +130,7 @@ def test_head_of_as_many_other_classes_is_kept():
     )
     assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
     merged, report = transfer(source, fresh, other_classes="of other things")
-    assert report.skipped == ("fc/kernel", "fc/bias")
+    assert report.skipped == ("fc.weight", "fc.bias")
     assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
 
 
@@ -157,22 +141,19 @@ def test_head_of_another_width_is_an_error():
         load_pretrained(to_torch(source), fresh)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 5])
-def test_first_convolution_adapts_to_input_channels(channels):
-    source, fresh = make_variables(seed=1), make_variables(seed=2, channels=channels)
+@pytest.mark.parametrize(("there", "here"), [(3, 1), (3, 2), (3, 5), (1, 3), (5, 1)])
+def test_first_convolution_adapts_to_input_channels(there, here):
+    source, fresh = make_variables(seed=1, channels=there), make_variables(seed=2, channels=here)
     merged, report = load_pretrained(to_torch(source), fresh)
     assert report.adapted == ("conv1.weight",)
     assert "conv1.weight adapted" in report.summary()
     kernel = source["params"]["conv1"]["kernel"]
-    expected = np.repeat(kernel.mean(axis=2, keepdims=True), channels, axis=2) * 3 / channels
+    # An image of equal channels is answered as before.
+    expected = np.repeat(kernel.sum(axis=2, keepdims=True) / here, here, axis=2)
     np.testing.assert_allclose(merged["params"]["conv1"]["kernel"], expected, rtol=1e-5, atol=1e-6)
-    # An image of equal channels is answered as by the network of three.
-    np.testing.assert_allclose(
-        merged["params"]["conv1"]["kernel"].sum(axis=2), kernel.sum(axis=2), rtol=1e-4, atol=1e-5
-    )
 
 
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("channels", [1, 3])
 def test_first_convolution_stays_fresh_when_asked(channels):
     source, fresh = make_variables(seed=1), make_variables(seed=2, channels=channels)
     merged, report = load_pretrained(to_torch(source), fresh, conv1="fresh")
@@ -181,21 +162,6 @@ def test_first_convolution_stays_fresh_when_asked(channels):
     assert report.summary() == "12 tensors loaded; conv1.weight fresh, as asked for"
     assert_equal(merged["params"]["conv1"], fresh["params"]["conv1"])
     assert_equal(merged["params"]["bn1"], source["params"]["bn1"])
-    merged, report = transfer(source, fresh, conv1="fresh")
-    assert report.fresh == ("conv1/kernel",)
-    assert_equal(merged["params"]["conv1"], fresh["params"]["conv1"])
-
-
-@pytest.mark.parametrize(("there", "here"), [(1, 3), (5, 3), (3, 5), (5, 1)])
-def test_a_run_of_other_channels_adapts_likewise(there, here):
-    source, fresh = make_variables(channels=there), make_variables(channels=here, classes=2)
-    merged, report = transfer(source, fresh)
-    assert report.adapted == ("conv1/kernel",)
-    kernel = merged["params"]["conv1"]["kernel"]
-    assert kernel.shape[2] == here
-    assert np.ptp(kernel, axis=2).max() == 0
-    expected = source["params"]["conv1"]["kernel"].sum(axis=2)
-    np.testing.assert_allclose(kernel.sum(axis=2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_all_mistakes_in_one_message():
@@ -217,63 +183,33 @@ def test_all_mistakes_in_one_message():
     }
     text = str(caught.value)
     assert "\n" not in text
-    assert "1 unexpected (head), " in text
+    assert "1 unexpected (head.weight), " in text
     assert "2 missing (bn1.bias, fc.bias), " in text
     assert "3 unfit (" in text
     assert "[3, 3, 4, 6] for [3, 2, 4, 6]" in text
     assert "numbers of type int8" in text
     assert "not finite" in text
-    assert "--config.model.name" in text
+    assert "model.name" in text
 
 
 def test_long_lists_are_cut_in_the_message_and_whole_in_the_report():
-    names = [f"{chr(97 + i)}.bias" for i in range(14)]
+    names = [f"{letter}.bias" for letter in "abcdefghijklmn"]
     tensors = to_torch(make_variables()) | {name: np.zeros(1) for name in names}
-    with pytest.raises(PortError, match=r"14 unexpected \(a, b, .*, k, l and 2 more\); ") as caught:
+    with pytest.raises(
+        PortError, match=r"14 unexpected \(a.bias, .*, l.bias, … 2 more\); "
+    ) as caught:
         load_pretrained(tensors, make_variables())
     report = caught.value.report
-    assert report.problems() == f"14 unexpected ({', '.join('abcdefghijklmn')})"
+    assert report.problems() == f"14 unexpected ({', '.join(names)})"
     assert report.unexpected == tuple(names)
 
 
-def test_layers_stand_for_their_tensors():
-    def tensors(*sizes):
-        return [
-            f"layer{stage}.{index}.{leaf}"
-            for stage, size in enumerate(sizes, start=1)
-            for index in range(size)
-            for leaf in ("conv1.weight", "bn1.weight", "bn1.bias")
-        ]
-
-    def problems(larger, smaller):
-        names = tuple(name for name in larger if name not in smaller)
-        return PortReport("", loaded=tuple(smaller), missing=names).problems()
-
-    few, more, most = tensors(2, 2, 2, 2), tensors(3, 4, 6, 3), tensors(3, 4, 23, 3)
-    assert problems(more, few) == (
-        "24 missing (layer1.2, layer2.2, layer2.3, layer3.2 … layer3.5, layer4.2)"
-    )
-    # As jax sorts names, layer3.10 comes before layer3.6.
-    assert problems(sorted(most), more) == "51 missing (layer3.6 … layer3.22)"
-    assert problems(few, []) == "24 missing (layer1 … layer4)"
-    assert problems(tensors(5), tensors(2)) == "9 missing (layer1.2 … layer1.4)"
-    assert problems(tensors(4), tensors(2)) == "6 missing (layer1.2, layer1.3)"
-    # A layer of which something fits is not named as a whole.
-    assert problems(few, [n for n in few if ".0.bn1." not in n]) == (
-        "8 missing (layer1.0.bn1, layer2.0.bn1, layer3.0.bn1, layer4.0.bn1)"
-    )
-    assert problems(few, few[1:]) == "1 missing (layer1.0.conv1)"
-    assert problems(few, [*few[:1], *few[2:]]) == "1 missing (layer1.0.bn1.weight)"
-    unfit = PortReport("", unfit=("fc.bias: not finite",), missing=("fc.weight",))
-    assert unfit.problems() == "1 missing (fc.weight), 1 unfit (fc.bias: not finite)"
-
-
-def test_plain_network_refuses_a_residual_file():
+def test_plain_network_refuses_a_residual_file_and_the_other_way_round():
     residual, plain = make_variables(), make_variables(shortcut=False)
-    with pytest.raises(PortError, match=r"5 unexpected \(.*this one is plain, with none.*random"):
+    with pytest.raises(PortError, match=r"5 unexpected \(.*one network is plain.*init=random"):
         load_pretrained(to_torch(residual), plain)
-    with pytest.raises(PortError, match=r"5 missing \(.*weights are of a plain network"):
-        load_pretrained(to_torch(plain), residual)
+    with pytest.raises(PortError, match=r"runs/a: .*5 missing \(.*one network is plain"):
+        transfer(plain, residual, source="runs/a")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -292,15 +228,13 @@ def test_other_floats_become_the_network_s(tmp_path, dtype):
 def test_transfer_from_another_run():
     source, fresh = make_variables(seed=1, classes=4), make_variables(seed=2, classes=3)
     merged, report = transfer(source, fresh, source="runs/a")
-    assert set(report.skipped) == {"fc/kernel", "fc/bias"}
-    assert {"layer2_0/conv1/kernel", "bn1/mean"} < set(report.loaded)
-    assert report.summary().startswith("11 tensors loaded; fc/kernel, ")
+    assert set(report.skipped) == {"fc.weight", "fc.bias"}
+    assert {"layer2.0.conv1.weight", "bn1.running_mean"} < set(report.loaded)
+    assert report.summary().startswith("11 tensors loaded; fc.")
     assert report.source == "runs/a"
     assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
     assert_equal(merged["params"]["layer2_0"], source["params"]["layer2_0"])
     assert_equal(merged["batch_stats"], source["batch_stats"])
-    with pytest.raises(PortError, match=r"runs/a: .*5 missing \(layer2_0/downsample_bn, "):
-        transfer(make_variables(shortcut=False), fresh, source="runs/a")
 
 
 def stacked_units(variables):
@@ -334,35 +268,17 @@ def test_stacked_units_are_single_in_a_file_and_stacked_again(tmp_path):
     for merged, report in (
         load_pretrained(tmp_path / "w.safetensors", fresh),
         transfer(source, fresh),
-        transfer(from_torch(tensors), fresh),  # from the same network without a scan
+        transfer(unstack(source), fresh),  # from the same network without a scan
     ):
         assert len(report.loaded) == 11 + 4
         assert_equal(merged["batch_stats"], source["batch_stats"])
         np.testing.assert_array_equal(merged["params"]["layer2_rest"]["conv1"]["kernel"], rest)
-    single, _ = transfer(source, from_torch(tensors))
-    assert_equal(single, from_torch(tensors))
+    single, _ = transfer(source, unstack(fresh))
+    assert_equal(single["batch_stats"], unstack(source)["batch_stats"])
+    assert_equal(single["params"]["layer2_2"], unstack(source)["params"]["layer2_2"])
     del tensors["layer2.2.conv1.weight"]
-    with pytest.raises(PortError, match=r"1 missing \(layer2.2.conv1\)"):
+    with pytest.raises(PortError, match=r"1 missing \(layer2.2.conv1.weight\)"):
         load_pretrained(tensors, fresh)
-
-
-BLOCKS = {"resnet18": (2, (2, 2, 2, 2)), "resnet50": (3, (3, 4, 6, 3))}
-
-
-def torchvision_names(name):
-    """The keys of torchvision's state_dict, without the batch counters."""
-    convs, sizes = BLOCKS[name]
-    names = ["conv1.weight", "fc.weight", "fc.bias"]
-    norms = ["bn1"]
-    for stage, size in enumerate(sizes, start=1):
-        for block in (f"layer{stage}.{i}" for i in range(size)):
-            names += [f"{block}.conv{i}.weight" for i in range(1, convs + 1)]
-            norms += [f"{block}.bn{i}" for i in range(1, convs + 1)]
-        if stage > 1 or convs == 3:
-            names.append(f"layer{stage}.0.downsample.0.weight")
-            norms.append(f"layer{stage}.0.downsample.1")
-    leaves = ("weight", "bias", "running_mean", "running_var")
-    return set(names) | {f"{norm}.{leaf}" for norm in norms for leaf in leaves}
 
 
 def random_variables(model, *, channels=3, seed=0):
@@ -372,67 +288,26 @@ def random_variables(model, *, channels=3, seed=0):
     return jax.tree.map(lambda s: rng.uniform(0.1, 0.3, s.shape).astype(s.dtype), shapes)
 
 
-@pytest.mark.parametrize("name", list(BLOCKS))
-def test_networks_have_torchvision_s_tensors(name):
-    source = random_variables(create_model(name, num_classes=1000, width=8), seed=1)
-    fresh = random_variables(create_model(name, num_classes=3, width=8), seed=2)
-    tensors = to_torch(source)
-    assert set(tensors) == torchvision_names(name)
-    assert tensors["layer2.0.conv1.weight"].shape[:2] == (16, 8 if name == "resnet18" else 32)
-    counters = {
-        n.replace("running_mean", "num_batches_tracked"): np.array(9)
-        for n in tensors
-        if n.endswith("running_mean")
-    }
-    merged, report = load_pretrained(tensors | counters, fresh)
-    assert set(report.skipped) == {"fc.weight", "fc.bias"}
-    assert set(report.loaded) == set(tensors) - {"fc.weight", "fc.bias"}
-    assert set(report.ignored) == set(counters)
-    assert_equal(merged["batch_stats"], source["batch_stats"])
-    assert_equal(merged["params"]["layer4_1"], source["params"]["layer4_1"])
-    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
-
-
-def test_plain_network_refuses_the_residual_twin():
-    source = random_variables(create_model("resnet18", num_classes=3, width=8))
-    plain = random_variables(create_model("plain18", num_classes=3, width=8))
-    with pytest.raises(PortError, match=r"15 unexpected \(layer2.0.downsample.*this one is plain"):
-        load_pretrained(to_torch(source), plain)
-
-
-def test_one_channel_network_answers_grey_images_as_the_three_channel_one():
+@pytest.mark.parametrize("channels", [1, 5])
+def test_adapted_stem_answers_grey_images_as_the_one_of_three_channels(channels):
     model = create_model("resnet18", num_classes=3, width=8)
     source = random_variables(model, seed=1)
-    # Where sums of multiples of 1/64 are exact, the order in which they are summed is all the same;
-    # what comes after the first convolution is then the same computation on the same numbers.
-    kernel = source["params"]["conv1"]["kernel"]
-    source["params"]["conv1"]["kernel"] = np.round(kernel * 64) / 64
-    merged, _ = load_pretrained(to_torch(source), random_variables(model, channels=1, seed=2))
-    grey = jnp.round(jax.random.normal(jax.random.key(0), (2, 32, 32, 1)) * 64) / 64
-    apply = jax.jit(partial(model.apply, train=False))
-    expected = apply(source, jnp.repeat(grey, 3, axis=-1))
-    np.testing.assert_array_equal(apply(merged, grey), expected)
-    assert np.ptp(expected, axis=0).max() > 0
-
-    # A fifth of the sum is no such number: equal up to rounding.
-    merged, _ = load_pretrained(to_torch(source), random_variables(model, channels=5, seed=2))
-    five = apply(merged, jnp.repeat(grey, 5, axis=-1))
-    np.testing.assert_allclose(five, expected, rtol=1e-4)
+    fresh = random_variables(model, channels=channels, seed=2)
+    merged, _ = load_pretrained(to_torch(source), fresh)
+    grey = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
+    three, adapted = (
+        model.apply(variables, jnp.repeat(grey, number, axis=-1), train=False, last=1)
+        for variables, number in ((source, 3), (merged, channels))
+    )
+    assert np.ptp(three) > 1
+    np.testing.assert_allclose(adapted, three, rtol=1e-4, atol=1e-4)
 
 
 def _pickle_bytes(protocol):
     return pickle.dumps({"conv1.weight": [1.0]}, protocol=protocol)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".PT", ".bin", ".ckpt"])
-def test_pickle_suffix_refused(tmp_path, suffix):
-    path = tmp_path / f"my weights{suffix}"
-    save_file({"a": np.zeros(1, np.float32)}, path)
-    with pytest.raises(Error, match="a pickle can run any code"):
-        load_safetensors(path)
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 def test_pickle_content_refused(tmp_path, protocol):
     path = tmp_path / "w.safetensors"
     path.write_bytes(_pickle_bytes(protocol))
@@ -463,14 +338,13 @@ def test_header_length_that_looks_like_a_pickle_is_read(tmp_path):
         if path.read_bytes().startswith(b"\x80\x02"):
             break
     assert path.read_bytes().startswith(b"\x80\x02")
-    np.testing.assert_array_equal(load_safetensors(path)["a"], load_file(path)["a"])
+    np.testing.assert_array_equal(load_safetensors(path)["a"], np.arange(3.0))
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda whole: whole[:-1],
-        lambda whole: whole[: len(whole) // 2],
         lambda whole: whole[:5],
         lambda whole: b"",
         lambda whole: b"<!DOCTYPE html><html>not found</html>",
