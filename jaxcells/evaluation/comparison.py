@@ -72,7 +72,6 @@ class Choice:
       chosen: name of the chosen experiment.
       best: name of the experiment of the highest validation balanced accuracy.
       candidates: every experiment, in the order given.
-      note: None, or what the rule could not weigh.
       tested_before_choice: what had been evaluated on the test split before, against the rule.
       rule: the rule, as a sentence.
     """
@@ -80,7 +79,6 @@ class Choice:
     chosen: str
     best: str
     candidates: tuple[Candidate, ...]
-    note: str | None
     tested_before_choice: tuple[str, ...] = ()
     rule: str = RULE
 
@@ -115,8 +113,8 @@ def choose(
 
     Where the rule leaves something open: of experiments that tie for the best the faster is the
     reference; an experiment that ties with the best always qualifies, also where a class has a
-    single field and there is no interval (then nothing else does, and a note says so); of equally
-    fast ones the more accurate is chosen, then the first given.
+    single field and there is no interval (then nothing else does); of equally fast ones the more
+    accurate is chosen, then the first given.
 
     Args:
       predictions: {experiment: int [S, N]} on the validation split; S may differ.
@@ -124,10 +122,8 @@ def choose(
       seconds: {experiment: seconds of training}, with the same names.
 
     Raises:
-      ValueError: no experiment, names that differ, or shapes that do not fit.
+      ValueError: no experiment, labels out of range, or lengths that differ.
     """
-    if not predictions or predictions.keys() != seconds.keys():
-        raise ValueError(f"predictions of {list(predictions)}, seconds of {list(seconds)}")
     estimates = {name: estimate(predicted, split) for name, predicted in predictions.items()}
     score = {name: round(e.balanced_accuracy, _DECIMALS) for name, e in estimates.items()}
     best = min(score, key=lambda name: (-score[name], seconds[name]))
@@ -139,12 +135,7 @@ def choose(
         candidates.append(Candidate(name, estimates[name], behind, qualifies, seconds[name]))
     qualified = [candidate for candidate in candidates if candidate.qualifies]
     chosen = min(qualified, key=lambda candidate: (candidate.seconds, -score[candidate.name]))
-    note = None
-    if len(candidates) == 1:
-        note = "one experiment: there was nothing to choose from"
-    elif low is None:
-        note = "without an interval only experiments that tie with the best qualify"
-    return Choice(chosen.name, best, tuple(candidates), note)
+    return Choice(chosen.name, best, tuple(candidates))
 
 
 def estimate(predictions: npt.ArrayLike, split: Split) -> Estimate:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -39,6 +38,8 @@ _STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(
 # Units of time, and the seconds up to which each is used.
 _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 
+Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
+
 
 @rc_context(_PAGE)
 def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
@@ -48,22 +49,19 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
     chosen experiment has a ring and a bold name.
 
     Args:
-      rows: the experiments; those without figures or time are left out.
+      rows: the experiments.
       path: where the PNG goes.
     """
-    longest = max((row.train_s or 0 for row in rows), default=0)
+    longest = max(row.train_s for row in rows)
     unit, seconds, _ = next(entry for entry in _UNITS if longest <= entry[2])
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
-    log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows if row.train_s])
+    log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows])
     flags = []
     for row, style in zip(rows, itertools.cycle(_STYLES), strict=False):
-        if not row.validation or not row.train_s:
-            continue
         x, y, color = row.train_s / seconds, row.validation.balanced_accuracy, style["color"]
         top = _draw_estimate(figure, axes, x, row.validation, color, aside=False)
-        if row.test:
-            _draw_estimate(figure, axes, x, row.test, color, aside=True)
+        _draw_estimate(figure, axes, x, row.test, color, aside=True)
         if row.chosen:
             axes.plot(x, y, "o", ms=14, mfc="none", mec=color, mew=1.6)
         flags.append((x, top, shortened(row.name, 28), color, "bold" if row.chosen else "normal"))
@@ -81,9 +79,7 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
 
 
 @rc_context(_PAGE)
-def plot_curves_together(
-    records: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path
-) -> None:
+def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -> None:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
     Of several seeds each is a thin line and their mean, over the epochs that all have, a thick one.
@@ -94,12 +90,10 @@ def plot_curves_together(
     """
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    keys, accuracy = [], "balanced_accuracy"
+    keys = []
     for (name, seeds), style in zip(records.items(), itertools.cycle(_STYLES), strict=False):
-        _draw_seeds(loss_axes, [epoch_curve(lines, "train", ["loss"]) for lines in seeds], style)
-        _draw_seeds(
-            accuracy_axes, [epoch_curve(lines, "val", [accuracy]) for lines in seeds], style
-        )
+        _draw_seeds(loss_axes, seeds, "train", "loss", style)
+        _draw_seeds(accuracy_axes, seeds, "val", "balanced_accuracy", style)
         keys.append(Line2D([], [], lw=1.6, label=name, **style))
     losses = [loss for line in loss_axes.get_lines() for loss in line.get_ydata()]
     log_axis_if_wide(loss_axes.yaxis, losses)
@@ -112,13 +106,13 @@ def plot_curves_together(
 
 
 def _draw_seeds(
-    axes: Axes, curves: Sequence[Mapping[str, npt.NDArray[Any]]], style: Mapping[str, Any]
+    axes: Axes, seeds: Sequence[Records], split: str, key: str, style: Mapping[str, Any]
 ) -> None:
-    """Draw curves, as `epoch_curve` gives them, and their mean where all are."""
+    """Draw a curve for each seed, and their mean where all are."""
+    curves = [epoch_curve(records, split, [key]) for records in seeds]
     curves = [curve for curve in curves if curve["epoch"].size]
     if not curves:
         return
-    *_, key = curves[0]
     epochs = functools.reduce(np.intersect1d, [curve["epoch"] for curve in curves])
     mean = np.mean([c[key][np.isin(c["epoch"], epochs)] for c in curves], axis=0)
     for curve in curves if len(curves) > 1 else []:

@@ -8,10 +8,9 @@ from typing import Any
 
 from jaxcells.evaluation.comparison import Choice, Comparison, Estimate
 from jaxcells.files import write_csv, write_whole
-from jaxcells.text import amount, digits, duration, markdown, markdown_table, one_line, text_table
+from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 
 _WIDTH = 100  # of the text; Markdown may be wider
-_UNKNOWN = "–"
 _SPLITS = ("validation", "test")
 # What a network costs: attributes of a row, how they are headed and shown.
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -27,10 +26,11 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One experiment of a comparison. None is what is not known, as of one that failed.
+    """What one experiment of a comparison found.
 
     Attributes:
       name: the experiment's.
+      chosen: whether the rule chose it.
       seeds: those that were trained to the end.
       validation: accuracies on the validation split.
       test: accuracies on the test split.
@@ -42,29 +42,20 @@ class Row:
       train_images_per_second: in training.
       eval_images_per_second: in evaluation.
       step_memory_bytes: device memory that a training step needs.
-      chosen: whether the rule chose it.
-      failure: why it, or one of its seeds, was not trained to the end.
     """
 
     name: str
-    seeds: tuple[int, ...] = ()
-    validation: Estimate | None = None
-    test: Estimate | None = None
-    parameters: int | None = None
-    multiply_adds: int | None = None
-    train_s: float | None = None
-    epoch_s: float | None = None
-    train_images_per_second: float | None = None
-    eval_images_per_second: float | None = None
-    step_memory_bytes: int | None = None
-    chosen: bool = False
-    failure: str | None = None
-
-    @property
-    def status(self) -> str:
-        """Either "finished", "failed", or "partly failed" where only some seeds were trained."""
-        failed = "partly failed" if self.seeds else "failed"
-        return failed if self.failure else "finished"
+    chosen: bool
+    seeds: tuple[int, ...]
+    validation: Estimate
+    test: Estimate
+    parameters: int
+    multiply_adds: int
+    train_s: float
+    epoch_s: float
+    train_images_per_second: float
+    eval_images_per_second: float
+    step_memory_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,36 +67,55 @@ class Table:
     chosen: Sequence[int] = ()
 
 
-def write_table(folder: Path, rows: Sequence[Row], parts: Sequence[str | Table]) -> None:
+def write_table(
+    folder: Path, rows: Sequence[Row], failures: Mapping[str, str], parts: Sequence[str | Table]
+) -> None:
     """Writes table.md, of `paragraphs`, and table.csv.
 
-    The latter has a line per experiment: raw numbers in seconds and bytes, nothing where not known.
+    The latter has a line per experiment: raw numbers in seconds and bytes. The columns of each
+    split are `validation_balanced_accuracy`, `…_deviation` over seeds, `…_low` and `…_high` (the
+    95 % interval), and the same of `accuracy`.
 
-    The columns of each split are `validation_balanced_accuracy`, `…_deviation` over seeds,
-    `…_low` and `…_high` (the 95 % interval), and the same of `accuracy`.
+    Args:
+      folder: where the files go.
+      rows: the experiments.
+      failures: why an experiment, or one of its seeds, was not trained to the end, by its name.
+      parts: what `paragraphs` gave.
     """
     lines = [_csv_line(row) for row in rows]
-    write_csv(folder / "table.csv", list(lines[0]), [list(line.values()) for line in lines])
+    header, found = [*lines[0], "failure"], {row.name for row in rows}
+    lines += [{"experiment": name, "chosen": False} for name in failures if name not in found]
+    for line in lines:
+        line["failure"] = failures.get(line["experiment"])
+        line["status"] = _status(line["experiment"], rows, failures)
+    write_csv(folder / "table.csv", header, [[line.get(key) for key in header] for line in lines])
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
 
 
+def _status(name: str, rows: Sequence[Row], failures: Mapping[str, str]) -> str:
+    """Either "finished", "failed", or "partly failed" where only some seeds were trained."""
+    if name not in failures:
+        return "finished"
+    return "partly failed" if name in {row.name for row in rows} else "failed"
+
+
 def _csv_line(row: Row) -> dict[str, Any]:
-    line: dict[str, Any] = {"experiment": row.name, "status": row.status, "chosen": row.chosen}
+    line: dict[str, Any] = {"experiment": row.name, "status": "", "chosen": row.chosen}
     line["seeds"] = " ".join(map(str, row.seeds))
     for split in _SPLITS:
         estimate = getattr(row, split)
-        for key in (f"{kind}accuracy" for kind in ("balanced_", "")):
-            line[f"{split}_{key}"] = getattr(estimate, key, None)
-            line[f"{split}_{key}_deviation"] = getattr(estimate, f"{key}_deviation", None)
-            low, high = estimate.interval_95[key] if estimate else (None, None)
+        for key in ("balanced_accuracy", "accuracy"):
+            low, high = estimate.interval_95[key]
+            line[f"{split}_{key}"] = getattr(estimate, key)
+            line[f"{split}_{key}_deviation"] = getattr(estimate, f"{key}_deviation")
             line |= {f"{split}_{key}_low": low, f"{split}_{key}_high": high}
-    line |= {key: getattr(row, key) for key in _COSTS}
-    return line | {"failure": one_line(row.failure or "")}
+    return line | {key: getattr(row, key) for key in _COSTS}
 
 
 def paragraphs(
     rows: Sequence[Row],
+    failures: Mapping[str, str],
     choice: Choice,
     comparisons: Mapping[str, Comparison],
     notes: Sequence[str],
@@ -114,6 +124,7 @@ def paragraphs(
 
     Args:
       rows: the experiments, in the order to show them.
+      failures: why an experiment, or one of its seeds, was not trained to the end, by its name.
       choice: what the rule chose.
       comparisons: `compare_with` of the chosen experiment on the test split.
       notes: sentences that belong to the figures.
@@ -122,26 +133,20 @@ def paragraphs(
       Accuracies, cost, notes, failures, the rule and how each experiment fared by it, the paired
       comparison on the test split.
     """
-    shown = [row for row in rows if row.validation]
-    found: list[str | Table] = []
-    if shown:
-        several = any(len(row.seeds) > 1 for row in shown)
-        over_seeds = "mean ± standard deviation over seeds, " if several else ""
-        found += [
-            f"Accuracy: {over_seeds}95 % interval over independent fields (groups), "
-            "not over seeds.",
-            _accuracy_table(shown),
-            *_interval_notes(shown),
-            "Cost: training time of one seed (its epochs by their median, compilation apart); "
-            "multiply-adds of one crop, forward; memory that a training step needs.",
-            _cost_table(shown),
-        ]
-    found += notes
-    found += [f"{row.name} {row.status}: {one_line(row.failure)}" for row in rows if row.failure]
-    found += _describe_choice(choice)
-    if comparisons:
-        found += _describe_comparisons(choice.chosen, comparisons)
-    return found
+    several = any(len(row.seeds) > 1 for row in rows)
+    over_seeds = "mean ± standard deviation over seeds, " if several else ""
+    return [
+        f"Accuracy: {over_seeds}95 % interval over independent fields (groups), not over seeds.",
+        _accuracy_table(rows),
+        *_interval_notes(rows),
+        "Cost: training time of one seed (its epochs by their median, compilation apart); "
+        "multiply-adds of one crop, forward; memory that a training step needs.",
+        _cost_table(rows),
+        *notes,
+        *(f"{name} {_status(name, rows, failures)}: {why}" for name, why in failures.items()),
+        *_describe_choice(choice),
+        *(_describe_comparisons(choice.chosen, comparisons) if comparisons else []),
+    ]
 
 
 def as_markdown(found: Sequence[str | Table]) -> str:
@@ -172,31 +177,32 @@ def _accuracy_table(rows: Sequence[Row]) -> Table:
     header += [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
     cells = []
     for row in rows:
-        estimates = [row.validation, row.test]
-        plain = [f"{e.accuracy:.3f}" if e else _UNKNOWN for e in estimates]
+        estimates = (row.validation, row.test)
+        plain = [f"{estimate.accuracy:.3f}" for estimate in estimates]
         cells.append([row.name, *map(_shown, estimates), *plain])
     return Table(header, cells, [n for n, row in enumerate(rows) if row.chosen])
 
 
 def _cost_table(rows: Sequence[Row]) -> Table:
+    header = ["experiment", "seeds", *(head for head, _ in _COSTS.values())]
     cells = []
     for row in rows:
-        costs = [(getattr(row, key), show) for key, (_, show) in _COSTS.items()]
-        shown = [_UNKNOWN if value is None else show(value) for value, show in costs]
-        cells.append([row.name, str(len(row.seeds)), *shown])
-    header = ["experiment", "seeds", *(head for head, _ in _COSTS.values())]
+        costs = [show(getattr(row, key)) for key, (_, show) in _COSTS.items()]
+        cells.append([row.name, str(len(row.seeds)), *costs])
     return Table(header, cells, [n for n, row in enumerate(rows) if row.chosen])
 
 
 def _interval_notes(rows: Sequence[Row]) -> list[str]:
-    """Every note once, with the experiments it is about."""
+    """Every note once, with the experiments it is about unless it is about all."""
     about: dict[str, list[str]] = {}
     for row in rows:
         for split in _SPLITS:
-            estimate = getattr(row, split)
-            if estimate and estimate.interval_note:
-                about.setdefault(f"{split}: {estimate.interval_note}", []).append(row.name)
-    return [f"Note on {note} ({', '.join(names)})." for note, names in about.items()]
+            if note := getattr(row, split).interval_note:
+                about.setdefault(f"{split}: {note}", []).append(row.name)
+    whom = {note: f" ({', '.join(names)})" for note, names in about.items()}
+    return [
+        f"Note on {note}{whom[note] if len(about[note]) < len(rows) else ''}." for note in about
+    ]
 
 
 def _describe_choice(choice: Choice) -> list[str | Table]:
@@ -213,13 +219,8 @@ def _describe_choice(choice: Choice) -> list[str | Table]:
             f"{chosen.estimate.balanced_accuracy:.3f}, trained in {duration(best.seconds)}."
         )
     header = ("experiment", "best less this,\nvalidation", "qualifies", "training\ntime")
-    found = [
-        f"Rule: {choice.rule}",
-        Table(header, cells, [list(by_name).index(chosen.name)]),
-        outcome,
-    ]
-    if choice.note:
-        found.append(f"Note: {choice.note}.")
+    table = Table(header, cells, [list(by_name).index(chosen.name)])
+    found: list[str | Table] = [f"Rule: {choice.rule}", table, outcome]
     if choice.tested_before_choice:
         tested = ", ".join(choice.tested_before_choice)
         found.append(f"Note: the test split had been opened for {tested} before this choice.")
@@ -242,10 +243,8 @@ def _describe_comparisons(chosen: str, comparisons: Mapping[str, Comparison]) ->
     return [caption, Table(("experiment", *heads, "McNemar p,\nfirst seeds"), cells)]
 
 
-def _shown(estimate: Estimate | None) -> str:
+def _shown(estimate: Estimate) -> str:
     """0.945 (0.884–0.989), or 0.945 ± 0.012 (0.884–0.989) of several seeds."""
-    if estimate is None:
-        return _UNKNOWN
     text, deviation = f"{estimate.balanced_accuracy:.3f}", estimate.balanced_accuracy_deviation
     if deviation is not None:
         text += f" ± {deviation:.3f}"

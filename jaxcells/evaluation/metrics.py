@@ -204,8 +204,8 @@ def count_by_unit(
       ValueError: labels out of range, lengths that differ.
     """
     labels, num_classes = split.labels, len(split.class_names)
-    if not right.shape == labels.shape == split.groups.shape:
-        raise ValueError(f"predictions {right.shape}, labels {labels.shape}, groups {split.groups}")
+    if len(labels) != len(split.groups):
+        raise ValueError(f"{len(split.groups)} groups for {len(labels)} labels")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels {labels.min()} to {labels.max()} for {num_classes} classes")
     names, index = np.unique(split.groups, return_inverse=True)

@@ -234,20 +234,18 @@ def report(
     predictions, split = _by_name(done, tests), _split(data, "test", base.seed)
     num_crops, *shape, channels = data.arrays["train"].images.shape
     inputs = (*shape, max(channels, 3))  # grey crops are repeated
-    candidates = {candidate.name: candidate for candidate in choice.candidates}
     rows = []
-    for name in dict.fromkeys(e.name for e in experiments):
-        mine = [e for e in experiments if e.name == name]
-        failed = [f"seed {e.seed}: {failures[e.label]}" for e in mine if e.label in failures]
-        row = Row(name, chosen=name == choice.chosen, failure="; ".join(failed) or None)
-        if name in candidates:
-            found = [results[e.label] for e in mine if e.label in results]
-            train_s, num_epochs = candidates[name].seconds, found[0].num_epochs
-            parameters, multiply_adds = totals(summarize(create_model(**found[0].model), inputs))
-            row = dataclasses.replace(
-                row,
-                seeds=tuple(e.seed for e in mine if e.label in results),
-                validation=candidates[name].estimate,
+    for candidate in choice.candidates:
+        name, train_s = candidate.name, candidate.seconds
+        found = _by_name(done, results)[name]
+        num_epochs = found[0].num_epochs
+        parameters, multiply_adds = totals(summarize(create_model(**found[0].model), inputs))
+        rows.append(
+            Row(
+                name=name,
+                chosen=name == choice.chosen,
+                seeds=tuple(e.seed for e in done if e.name == name),
+                validation=candidate.estimate,
                 test=estimate(predictions[name], split),
                 parameters=parameters,
                 multiply_adds=multiply_adds,
@@ -257,13 +255,15 @@ def report(
                 eval_images_per_second=fmean(r.timing.eval_images_per_second for r in found),
                 step_memory_bytes=max(r.memory["train_step_bytes"] for r in found),
             )
-        rows.append(row)
-
+        )
+    seeds = {e.label: e.seed for e in experiments}
+    texts = {label: f"seed {seeds[label]}: {text}" for label, text in failures.items()}
+    failed = {name: "; ".join(of) for name, of in _by_name(experiments, texts).items()}
     comparisons = compare_with(choice.chosen, predictions, split)
     notes = circumstances(base, done, rows, results[done[0].label].baseline.test_accuracy)
-    parts = comparison_table.paragraphs(rows, choice, comparisons, notes)
+    parts = comparison_table.paragraphs(rows, failed, choice, comparisons, notes)
     folder = workdir.comparison
-    comparison_table.write_table(folder, rows, parts)
+    comparison_table.write_table(folder, rows, failed, parts)
     plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
     plot_curves_together(_by_name(done, records), folder / "curves.png")
     everything = {
@@ -303,7 +303,7 @@ def circumstances(
         "Brightness and contrast of the crops alone, by a linear classifier: accuracy "
         f"{baseline:.3f} on the test split."
     )
-    worse = [row.name for row in rows if row.test and row.test.accuracy <= baseline]
+    worse = [row.name for row in rows if row.test.accuracy <= baseline]
     if worse:
         notes.append(f"WARNING: no better than brightness and contrast: {', '.join(worse)}.")
     return notes
