@@ -1,60 +1,19 @@
-import pytest
-
 from jaxcells import text
 
 
-@pytest.mark.parametrize(
-    ("value", "significant", "shown"),
-    [
-        (0, 3, "0.00"),
-        (0.0345, 3, "0.0345"),
-        (0.45, 3, "0.450"),
-        (9.994, 3, "9.99"),
-        (9.996, 3, "10.0"),
-        (99.6, 3, "99.6"),
-        (1186.2, 3, "1186"),
-        (0.996, 2, "1.0"),
-        (9.6, 2, "9.6"),
-        (9.97, 2, "10"),
-    ],
-)
-def test_digits(value, significant, shown):
-    assert text.digits(value, significant) == shown
+def test_numbers_amounts_and_durations():
+    values = [0, 0.0345, 0.45, 9.994, 9.996, 99.6, 1186.2]
+    shown = ["0.00", "0.0345", "0.450", "9.99", "10.0", "99.6", "1186"]
+    assert [text.digits(value) for value in values] == shown
+    assert [text.digits(value, 2) for value in (0.996, 9.6, 9.97)] == ["1.0", "9.6", "10"]
 
+    values = [512, 1_700, 999_499, 999_600, 9_996_000, 21_797_672, 11_560_000_000, 2.5e12]
+    shown = ["512", "1.70 k", "999 k", "1.00 M", "10.0 M", "21.8 M", "11.6 G", "2.50 T"]
+    assert [text.amount(value) for value in values] == shown
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (512, "512"),
-        (1_700, "1.70 k"),
-        (999_499, "999 k"),
-        (999_600, "1.00 M"),
-        (9_996_000, "10.0 M"),
-        (21_797_672, "21.8 M"),
-        (146_000_000, "146 M"),
-        (11_560_000_000, "11.6 G"),
-        (2.5e12, "2.50 T"),
-    ],
-)
-def test_amounts_have_three_digits(value, shown):
-    assert text.amount(value) == shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [
-        (0.4512, "0.45 s"),
-        (2.96, "3.0 s"),
-        (86, "86 s"),
-        (143, "2.4 min"),
-        (720, "12 min"),
-        (5399, "90 min"),
-        (3 * 3600 + 320, "3 h 05 min"),
-        (2 * 3600 - 5, "2 h 00 min"),
-    ],
-)
-def test_durations(seconds, shown):
-    assert text.duration(seconds) == shown
+    seconds = [0.4512, 2.96, 86, 143, 720, 5399, 3 * 3600 + 320, 2 * 3600 - 5]
+    shown = ["0.45 s", "3.0 s", "86 s", "2.4 min", "12 min", "90 min", "3 h 05 min", "2 h 00 min"]
+    assert [text.duration(value) for value in seconds] == shown
 
 
 def test_lines_and_lists():

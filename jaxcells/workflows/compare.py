@@ -233,7 +233,7 @@ def report(
     tests = {label: _read_predictions(run, "test", data) for label, run in runs.items()}
     predictions, split = _by_name(done, tests), _split(data, "test", base.seed)
     num_crops, *shape, channels = data.arrays["train"].images.shape
-    inputs = (*shape, max(channels, 3))  # grey crops are repeated
+    inputs = (*shape, 3 if channels == 1 else channels)  # grey is repeated
     rows = []
     for candidate in choice.candidates:
         name, train_s = candidate.name, candidate.seconds

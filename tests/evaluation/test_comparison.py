@@ -172,14 +172,6 @@ def test_a_replicate_without_a_difference_is_zero_and_not_a_rounding_error():
         assert (found.balanced_accuracy, interval(found)) == (0, (0, 0))
 
 
-def test_pairing_cancels_what_is_hard_for_both():
-    split = split_of(num_fields=12)
-    hard = np.flatnonzero(np.random.default_rng(2).random(24)[split.groups] < 0.4)
-    a, b = wrong_at(split, hard), wrong_at(split, np.union1d(hard, np.arange(0, 240, 16)))
-    paired, single = interval(paired_difference(a, b, split)), interval(estimate(a, split))
-    assert paired[1] - paired[0] < 0.3 * (single[1] - single[0])
-
-
 def test_paired_intervals_hold_the_truth_as_often_as_documented():
     rng = np.random.default_rng(0)
     scale = (1 - 0.3) / 0.3

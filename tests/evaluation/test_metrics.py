@@ -111,18 +111,6 @@ def test_interval_covers_the_truth_as_often_as_documented(units_per_class, expec
         assert count / 400 == pytest.approx(expected, abs=0.04), key
 
 
-def test_interval_of_resembling_crops_is_wider():
-    probabilities, labels, units = simulate(np.random.default_rng(1), 10, 20, 0.7, 0.6)
-    widths = {}
-    for name, groups in {"fields": units, "crops": None}.items():
-        low, high = classification_metrics(
-            probabilities, labels, class_names=["A", "B"], groups=groups
-        ).interval_95["balanced_accuracy"]
-        widths[name] = high - low
-    # The design effect 1 + (20 - 1) 0.6 widens by its root, 3.5.
-    assert 2.5 < widths["fields"] / widths["crops"] < 4.5
-
-
 @pytest.mark.parametrize("spanning", [False, True], ids=["fields", "plates"])
 def test_interval_equals_a_naive_loop_over_the_same_draws(spanning):
     rng = np.random.default_rng(2)
@@ -146,21 +134,6 @@ def test_interval_equals_a_naive_loop_over_the_same_draws(spanning):
         assert result.interval_95[key] == pytest.approx((low, high), abs=1e-12)
         assert low < getattr(result, key) < high
     assert result.interval_note is None
-
-
-def test_replicates_are_unbiased_and_keep_the_size_of_every_class():
-    # Kinds of units that occur 1, 3, 2 and 2 times.
-    kinds, repeats = np.array([[0, 3], [0, 1], [2, 0], [4, 0]]), [2, 2, 3, 1]
-    crops = np.repeat(kinds, repeats, axis=0)
-    weights, _, found = metrics_module._replicates(crops, crops, 20000, 0)
-    order = [kinds.tolist().index(row) for row in found.tolist()]
-    weights = weights[:, np.argsort(order)]
-    np.testing.assert_allclose(weights[:, :2].sum(axis=1), 4)
-    np.testing.assert_allclose(weights[:, 2:].sum(axis=1), 4)
-    np.testing.assert_allclose(weights.mean(axis=0), repeats, rtol=0.03)
-    # Rao and Wu 1988: n s^2 is the unbiased estimate of the variance of a total of n units.
-    total = weights[:, 2:] @ np.array([1, 0])
-    assert total.var() == pytest.approx(4 * np.var([1, 1, 1, 0], ddof=1), rel=0.05)
 
 
 def test_same_seed_same_intervals_as_ever():
@@ -214,17 +187,11 @@ def test_few_units_are_named_and_one_gives_no_interval():
     assert result.num_fields == 3
     assert "1 of 'A', 1 of 'B', 1 of 'C'" in result.interval_note
 
-
-def test_many_classes_with_few_units_give_a_short_note():
-    names = [f"line {k}" for k in range(30)]
-    labels = np.repeat(np.arange(30), 4)
-    predictions = np.where(np.arange(120) % 5 == 0, 0, labels)
-    units = labels * 2 + np.arange(120) % 2
+    names, labels = [f"line {k}" for k in range(30)], np.repeat(np.arange(30), 4)
     result = classification_metrics(
-        one_hot(predictions, 30), labels, class_names=names, groups=units
+        one_hot(labels, 30), labels, class_names=names, groups=np.arange(120) // 2
     )
-    assert "2 of 'line 11', … 26 more" in result.interval_note
-    assert len(result.interval_note) < 200
+    assert "2 of 'line 11', … 26 more)" in result.interval_note
 
 
 def test_no_error_still_has_a_lower_bound():
