@@ -151,24 +151,23 @@ def paragraphs(
 
 def as_markdown(found: Sequence[str | Table]) -> str:
     """`paragraphs` for a paper, the chosen experiment in bold."""
-    parts = [
-        markdown(part)
-        if isinstance(part, str)
-        else markdown_table(part.header, part.rows, bold=part.chosen)
+    return "\n\n".join(
+        markdown_table(part.header, part.rows, bold=part.chosen)
+        if isinstance(part, Table)
+        else markdown(part)
         for part in found
-    ]
-    return "\n\n".join(parts)
+    )
 
 
 def as_text(found: Sequence[str | Table]) -> str:
     """`paragraphs` as plain text at most 100 columns wide; ">" marks the chosen experiment."""
     parts = []
     for part in found:
-        if isinstance(part, str):
-            parts.append(textwrap.fill(part, _WIDTH, break_on_hyphens=False))
-        else:
+        if isinstance(part, Table):
             marks = "".join(">" if n in part.chosen else " " for n in range(len(part.rows)))
             parts.append(text_table(part.header, part.rows, marks=marks, width=_WIDTH))
+        else:
+            parts.append(textwrap.fill(part, _WIDTH, break_on_hyphens=False))
     return "\n\n".join(parts)
 
 

@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -99,8 +98,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
 
         if trained:
             done = [e for e in experiments if e.label in trained]
-            choice = _choose(done, trained, runs, _split(data, "val", base.seed))
-            choice = _record(choice, workdir.comparison / "choice.json")
+            choice = _choose(done, trained, workdir, _split(data, "val", base.seed))
             logger.info("chosen by validation: %s", choice.chosen)
             for e in done:
                 if progress := trained[e.label].progress:
@@ -110,10 +108,8 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                 logger.info("tables and figures are in %s", workdir.comparison)
         if failures:
             listed = "; ".join(f"{label}: {text}" for label, text in failures.items())
-            raise Error(
-                f"{len(failures)} of the trainings failed ({listed}); the same command tries them "
-                "again"
-            )
+            found = f"{len(failures)} of the trainings failed ({listed})"
+            raise Error(f"{found}; the same command tries them again")
 
 
 def _share_crops(workdir: Workdir, run: Workdir) -> None:
@@ -177,31 +173,24 @@ def _split(data: PreparedData, name: str, seed: int) -> Split:
 
 
 def _choose(
-    done: Sequence[Experiment],
-    trained: Mapping[str, Trained],
-    runs: Mapping[str, Workdir],
-    split: Split,
+    done: Sequence[Experiment], trained: Mapping[str, Trained], workdir: Workdir, split: Split
 ) -> Choice:
-    """Chooses by validation and time alone, and notes what has been tested already."""
-    of_seeds = _by_name(done, trained)
-    predictions = {name: [t.predictions for t in seeds] for name, seeds in of_seeds.items()}
-    seconds = {name: fmean(t.seconds for t in seeds) for name, seeds in of_seeds.items()}
-    tested = tuple(label for label in trained if predict.has_opened(runs[label], "test"))
-    choice = choose(predictions, split, seconds)
-    return dataclasses.replace(choice, tested_before_choice=tested)
-
-
-def _record(choice: Choice, path: Path) -> Choice:
-    """Writes choice.json, before any test split is opened for it.
+    """Chooses by validation and time alone, and writes choice.json.
 
     A choice that stands there already is returned as it was first made: with the trainings that had
     been tested then. There are some if experiments were added to a finished comparison.
     """
+    of_seeds = _by_name(done, trained)
+    predictions = {name: [t.predictions for t in seeds] for name, seeds in of_seeds.items()}
+    seconds = {name: fmean(t.seconds for t in seeds) for name, seeds in of_seeds.items()}
+    choice, path = choose(predictions, split, seconds), workdir.comparison / "choice.json"
     if path.exists():
         first = from_record(Choice, read_json(path), path)
-        tested = choice.tested_before_choice
-        if dataclasses.replace(first, tested_before_choice=tested) == choice:
+        if dataclasses.replace(first, tested_before_choice=()) == choice:
             return first
+    runs = {label: Workdir(workdir.experiments / label) for label in trained}
+    tested = tuple(label for label, run in runs.items() if predict.has_opened(run, "test"))
+    choice = dataclasses.replace(choice, tested_before_choice=tested)
     if mesh.is_primary():
         path.parent.mkdir(exist_ok=True)
         write_json(path, dataclasses.asdict(choice))
@@ -237,7 +226,7 @@ def report(
     rows = []
     for candidate in choice.candidates:
         name, train_s = candidate.name, candidate.seconds
-        found = _by_name(done, results)[name]
+        found = [results[e.label] for e in done if e.name == name]
         num_epochs = found[0].num_epochs
         parameters, multiply_adds = totals(summarize(create_model(**found[0].model), inputs))
         rows.append(

@@ -185,7 +185,7 @@ def test_poisoned_test_figures_change_nothing_about_the_choice(
     finished, copy, experiments, monkeypatch
 ):
     shutil.rmtree(copy.comparison)
-    for label in LABELS:  # as it is when all is trained and nothing chosen
+    for label in LABELS[:2]:  # as it is when all is trained and nothing chosen
         run = run_of(copy, label)
         for path in (run.results, run.predictions("test"), run.history):
             path.unlink()
@@ -202,7 +202,8 @@ def test_poisoned_test_figures_change_nothing_about_the_choice(
     monkeypatch.setattr(train, "prepare_together", poisoned)
     compare(*experiments, copy)
     was, now = (comparison_of(workdir) for workdir in (finished, copy))
-    assert now["choice"] == was["choice"]
+    assert now["choice"].pop("tested_before_choice") == LABELS[2:]
+    assert now["choice"] == {key: was["choice"][key] for key in now["choice"]}
     of = [found["experiments"] for found in (was, now)]
     assert [row["validation"] for row in of[0]] == [row["validation"] for row in of[1]]
     assert [row["test"] for row in of[0]] != [row["test"] for row in of[1]]
@@ -256,14 +257,13 @@ def test_stopped_anywhere_it_goes_on_there_and_trains_nothing_twice(
         compare(base, [second], workdir)
 
 
-@pytest.mark.parametrize("failure", [Error, jax.errors.JaxRuntimeError])
-def test_one_that_fails_is_reported_and_the_others_go_on(failure, copy, experiments, monkeypatch):
+def test_one_that_fails_is_reported_and_the_others_go_on(copy, experiments, monkeypatch):
     base, four = experiments
-    tried = []
+    tried, kinds = [], [Error, jax.errors.JaxRuntimeError, MemoryError]
 
     def failing(config, run, *args):
         tried.append(run.path.name)
-        raise failure("RESOURCE_EXHAUSTED: out of memory\nallocating 9 GiB")
+        raise kinds[len(tried) - 1]("RESOURCE_EXHAUSTED: out of memory\nallocating 9 GiB")
 
     monkeypatch.setattr(train, "train_run", failing)
     shutil.rmtree(run_of(copy, LABELS[0]).path)
