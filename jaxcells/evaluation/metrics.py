@@ -236,8 +236,8 @@ def accuracy_intervals(
         f"no crop is wrong: the lower bounds are the exact binomial ones of {num_units} "
         "independent fields (groups) without an error"
     )
-    note = _joined(_note_of_few_units(units_of, split.class_names), exact)
-    return dict.fromkeys(_KEYS, (lower, 1.0)), note
+    notes = [*_notes_on_few_units(units_of, split.class_names), exact]
+    return dict.fromkeys(_KEYS, (lower, 1.0)), "; ".join(notes)
 
 
 def bootstrap_intervals(
@@ -256,23 +256,22 @@ def bootstrap_intervals(
       and None or why the intervals deserve less trust than usual.
     """
     units_of = (crops > 0).sum(axis=0)
-    note = _note_of_few_units(units_of, split.class_names)
+    notes = _notes_on_few_units(units_of, split.class_names)
     if 1 in units_of:
-        return dict.fromkeys(_KEYS, (None, None)), note
+        return dict.fromkeys(_KEYS, (None, None)), "; ".join(notes)
     weights, values, crops = _replicates(values, crops, split.num_bootstrap, split.seed)
     present = units_of > 0
     totals, counts = weights @ values[:, present], weights @ crops[:, present]
     whole = np.all(counts > 0, axis=1)
     if not whole.all():
-        note = _joined(
-            note,
+        notes.append(
             f"{(~whole).sum()} of {split.num_bootstrap} bootstrap replicates lacked a class and "
-            "are left out of the interval of balanced accuracy",
+            "are left out of the interval of balanced accuracy"
         )
     means = totals.sum(axis=1) / counts.sum(axis=1), (totals[whole] / counts[whole]).mean(axis=1)
     ends = (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
     intervals = [tuple(np.quantile(mean, ends).tolist()) for mean in means]
-    return dict(zip(_KEYS, intervals, strict=True)), note
+    return dict(zip(_KEYS, intervals, strict=True)), "; ".join(notes) or None
 
 
 def _replicates(
@@ -304,16 +303,12 @@ def _strata(crops: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return crops.argmax(axis=1)
 
 
-def _note_of_few_units(units_of: npt.NDArray[np.int64], class_names: Sequence[str]) -> str | None:
-    """A note on the classes that have units, but fewer than `_FEW_UNITS`."""
+def _notes_on_few_units(units_of: npt.NDArray[np.int64], class_names: Sequence[str]) -> list[str]:
+    """A note if there are classes that have units, but fewer than `_FEW_UNITS`."""
     counts = zip(units_of.tolist(), class_names, strict=True)
     few = sorted((n, name) for n, name in counts if 0 < n < _FEW_UNITS)
     if not few:
-        return None
+        return []
     shown = some([f"{n} of {name!r}" for n, name in few])
     trust = "no interval can be given" if few[0][0] == 1 else "the intervals cannot be trusted"
-    return f"too few independent fields (groups) in this split ({shown}): {trust}"
-
-
-def _joined(*notes: str | None) -> str | None:
-    return "; ".join(filter(None, notes)) or None
+    return [f"too few independent fields (groups) in this split ({shown}): {trust}"]
