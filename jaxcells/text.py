@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+_SHORTEST_NAME = 12
+
 
 def shortened(text: str, width: int) -> str:
     """`text`, or its start and its end around an ellipsis where it is longer than `width`."""
@@ -29,12 +31,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """A number above 0 with so many digits, and never as a power of ten: 0.45, 86, 4.50, 1234."""
-    for decimals in range(significant):
-        whole = 10 ** (significant - 1 - decimals)
-        if value >= whole - 0.5 * 10**-decimals:
-            return f"{value:.{decimals}f}"
-    return f"{value:.{significant - 1}f}"
+    """A number with so many digits, and never a power of ten: 0.450, 86.0, 4.50, 1234."""
+    exponent = int(f"{value:.{significant - 1}e}".split("e")[1])
+    return f"{value:.{max(0, significant - 1 - exponent)}f}"
 
 
 def amount(value: float) -> str:
@@ -46,11 +45,13 @@ def amount(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.45 s, 45 s, 12 min, 3 h 05 min."""
+    """0.45 s, 45 s, 2.4 min, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{digits(seconds, 2)} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if seconds < 90 * 60:
+        return f"{digits(seconds / 60, 2)} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
 
 
 def by(shape: Sequence[int]) -> str:
@@ -59,7 +60,12 @@ def by(shape: Sequence[int]) -> str:
 
 
 def text_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, marks: str = ""
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    marks: str = "",
+    width: int = 0,
 ) -> str:
     """A table in columns of one width each.
 
@@ -68,20 +74,22 @@ def text_table(
       rows: the cells.
       left: so many columns are justified to the left, the others to the right.
       marks: a character in front of every row; "" leaves them out.
+      width: of the whole table, for which names in the first column are shortened; 0 for any.
     """
     heads = [head.split("\n") for head in header]
     height = max(map(len, heads))
-    lines = [[""] * (height - len(head)) + head for head in heads]
-    table = [*map(list, zip(*lines, strict=True)), *map(list, rows)]
+    lines = zip(*([""] * (height - len(head)) + head for head in heads), strict=True)
+    table = [list(line) for line in (*lines, *rows)]
+    margins = [f"{mark} " for mark in " " * height + marks] if marks else [""] * len(table)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    marked = " " * height + marks if marks else ""
+    if width:
+        room = width - len(margins[0]) - sum(2 + column for column in widths[1:])
+        widths[0] = min(widths[0], max(_SHORTEST_NAME, room))
+    for cells in table:
+        cells[0] = shortened(cells[0], widths[0])
     return "\n".join(
-        (f"{marked[number]} " if marked else "")
-        + "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for number, cells in enumerate(table)
+        (margin + "  ".join(_justified(cells, widths, left))).rstrip()
+        for margin, cells in zip(margins, table, strict=True)
     )
 
 
@@ -94,15 +102,15 @@ def markdown_table(
     heads = [head.replace("-\n", "-").replace("\n", " ") for head in header]
     widths = [max(3, *map(len, column)) for column in zip(heads, *cells, strict=True)]
     rule = ["-" * w if n < left else "-" * (w - 1) + ":" for n, w in enumerate(widths)]
+    lines = [_justified(row, widths, left) for row in (heads, rule, *cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    def line(row: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |"
 
-    return "\n".join(map(line, [heads, rule, *cells]))
+def _justified(cells: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
+    return [
+        cell.ljust(width) if number < left else cell.rjust(width)
+        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
 
 
 def markdown(text: str) -> str:

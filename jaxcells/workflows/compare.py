@@ -5,63 +5,60 @@ chooses and compare/choice.json is written; only then is the test split opened, 
 """
 
 import contextlib
+import csv
+import dataclasses
 import gc
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.config import Experiment
-from jaxcells.environment import describe_environment
-from jaxcells.evaluation.comparison import Choice, choose
-from jaxcells.evaluation.predict import (
-    has_opened,
-    load_network,
-    predict_split,
-    write_predictions,
-)
-from jaxcells.files import Error, lock_workdir, read_json, write_json
+from jaxcells.config import Experiment, differences
+from jaxcells.evaluation import comparison_table, predict
+from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
+from jaxcells.evaluation.comparison_figures import plot_accuracy_against_time, plot_curves_together
+from jaxcells.evaluation.comparison_table import Row
+from jaxcells.evaluation.metrics import Split
+from jaxcells.evaluation.results import RunResults
+from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
+from jaxcells.models import create_model
+from jaxcells.models.summary import summarize, totals
+from jaxcells.text import one_line
 from jaxcells.training import mesh
-from jaxcells.training.checkpoints import list_steps
-from jaxcells.training.signals import Interrupted
-from jaxcells.workflows.comparison_report import (
-    Trained,
-    by_name,
-    experiment_names,
-    mean_over_seeds,
-    read_predictions,
-    training_folder,
-    write_report,
-)
+from jaxcells.training.initialization import Initialization
+from jaxcells.training.progress import Progress, read_metrics
+from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
-from jaxcells.workflows.train import (
-    Results,
-    check_config,
-    find_start,
-    open_test_split,
-    prepare_together,
-    train_run,
-)
 
 logger = logging.getLogger("jaxcells")
 
-Failures = dict[str, str]
 
-_PREDICTIONS = "predictions_val.csv"
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """An experiment before its test split is opened.
+
+    Attributes:
+      predictions: predicted classes of the validation split, int [N].
+      seconds: of training, see `Progress.typical_train_s`.
+      progress: what `train_run` returned; None if it is tested already.
+    """
+
+    predictions: np.ndarray
+    seconds: float
+    progress: Progress | None
 
 
-def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) -> None:
+def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdir) -> None:
     """Trains, chooses, tests, and writes compare/ in the workdir.
 
     The same call resumes a comparison that was stopped, at the experiment and step where it was;
-    what is finished is not trained again. An experiment that fails is reported, and the others go
-    on.
+    what is finished is not trained again. An experiment whose training fails is reported, and the
+    others go on.
 
     Args:
       base: the config of the crops.
@@ -69,176 +66,233 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Path) 
       workdir: the comparison's folder; every run gets one below it.
 
     Raises:
-      Error: the workdir is of something else; nothing could be trained; or, when all else is
-        done, an experiment failed.
+      Error: the workdir is of something else; an experiment cannot start; or, when all else is
+        done, a training failed.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with lock_workdir(workdir) if _is_primary() else contextlib.nullcontext():
-        if list_steps(workdir / "checkpoints") or (workdir / "results.json").exists():
-            raise Error(f"{workdir} is the workdir of a single run; choose another --workdir")
-        for experiment in experiments:
-            check_config(experiment.config, training_folder(workdir, experiment))
-        failures: Failures = {}
-        starts = _for_each(
-            experiments, failures, lambda e: find_start(e.config, training_folder(workdir, e))
-        )
-        if not starts:
-            first = next(iter(failures.values()))
-            raise Error(f"none of the {len(experiments)} trainings can start; the first: {first}")
-        note = mesh.accelerator_note()
-        if note:
+    runs = {e.label: Workdir(workdir.experiments / e.label) for e in experiments}
+    with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
+        if workdir.is_trained:
+            raise Error(f"{workdir} is the workdir of a single run; choose another workdir")
+        for e in experiments:
+            train.check_config(e.config, runs[e.label])
+        starts = {e.label: train.find_start(e.config, runs[e.label]) for e in experiments}
+        if note := mesh.accelerator_note():
             logger.warning("%s", note)
-        data = prepare_together(base, workdir)
+        data = train.prepare_together(base, workdir)
         data.audit.raise_errors()
-        if _is_primary():
-            write_json(workdir / "config.json", base.to_dict())
-            environment = {**describe_environment(), "devices": mesh.describe_devices()}
-            write_json(workdir / "environment.json", environment)
 
-        def train(experiment: Experiment) -> Trained:
-            number = experiments.index(experiment) + 1
-            logger.info("experiment %d of %d: %s", number, len(experiments), experiment.label)
-            folder, config = training_folder(workdir, experiment), experiment.config
-            _share_crops(workdir, folder)
-            was_tested = has_opened(folder, "test")
-            if (folder / "results.json").exists():
-                seconds = read_json(folder / "results.json")["timing"]["typical_train_s"]
-                return Trained(None, _validation_predictions(folder, data), seconds, was_tested)
-            if not list_steps(folder / "checkpoints"):
-                (folder / _PREDICTIONS).unlink(missing_ok=True)
-            with lock_workdir(folder) if _is_primary() else contextlib.nullcontext():
-                progress = train_run(config, folder, data, starts[experiment.label])
-            seconds = progress.typical_train_s(config.optim.freeze_epochs)
-            return Trained(progress, _validation_predictions(folder, data), seconds, was_tested)
+        trained: dict[str, Trained] = {}
+        failures: dict[str, str] = {}
+        compiled: dict[str, Any] = {}  # the seeds of an experiment share their steps
+        for number, e in enumerate(experiments, start=1):
+            logger.info("experiment %d of %d: %s", number, len(experiments), e.label)
+            if mesh.is_primary():
+                _share_crops(workdir, runs[e.label])
+            try:
+                trained[e.label] = _train(e, runs[e.label], data, starts[e.label], compiled)
+            except (Error, MemoryError, jax.errors.JaxRuntimeError) as error:
+                failures[e.label] = one_line(error)
+                logger.warning("%s failed: %s", e.label, error)
+            gc.collect()  # tracebacks keep arrays alive in circles
 
-        trained = _for_each([e for e in experiments if e.label in starts], failures, train)
-        if not trained:
-            raise Error(_failed(failures))
-        done = [e for e in experiments if e.label in trained]
-        choice = _choose(done, trained, data, base.seed)
-        before = _record_choice(
-            workdir / "compare" / "choice.json",
-            choice,
-            [label for label in trained if trained[label].was_tested],
-        )
-        opened = (
-            f"had been opened before, for {', '.join(before)}" if before else "was still sealed"
-        )
-        logger.info("chosen by validation: %s; then the test split %s", choice.chosen, opened)
-
-        def test(experiment: Experiment) -> Results:
-            folder, progress = (
-                training_folder(workdir, experiment),
-                trained[experiment.label].progress,
-            )
-            if progress is None:
-                return read_json(folder / "results.json")
-            return open_test_split(experiment.config, folder, data, progress)
-
-        tested = _for_each(done, failures, test)
-        if _is_primary():
-            write_report(
-                workdir, base, experiments, trained, tested, choice, before, failures, data
-            )
-            logger.info("tables and figures are in %s", workdir / "compare")
+        if trained:
+            done = [e for e in experiments if e.label in trained]
+            choice = _choose(done, trained, workdir, _split(data, "val", base.seed))
+            logger.info("chosen by validation: %s", choice.chosen)
+            for e in done:
+                if progress := trained[e.label].progress:
+                    train.open_test_split(e.config, runs[e.label], data, progress, compiled)
+            if mesh.is_primary():
+                report(base, experiments, workdir, data, choice, failures)
+                logger.info("tables and figures are in %s", workdir.comparison)
         if failures:
-            raise Error(_failed(failures))
+            listed = "; ".join(f"{label}: {text}" for label, text in failures.items())
+            found = f"{len(failures)} of the trainings failed ({listed})"
+            raise Error(f"{found}; the same command tries them again")
 
 
-def _for_each(
-    experiments: Sequence[Experiment],
-    failures: Failures,
-    do: Callable[[Experiment], Any],
-) -> dict[str, Any]:
-    """Returns what `do` gives, by label; what it raises becomes a failure, and the rest goes on."""
-    done = {}
-    for experiment in experiments:
-        try:
-            done[experiment.label] = do(experiment)
-        except Interrupted:
-            raise
-        except Error as error:
-            failures[experiment.label] = str(error)
-            logger.warning("%s failed: %s", experiment.label, error)
-        except Exception as error:  # one that runs out of memory must not cost the others
-            failures[experiment.label] = f"{type(error).__name__}: {error}"
-            logger.exception("%s failed", experiment.label)
-        # Tracebacks keep arrays alive in circles.
-        gc.collect()
-    return done
-
-
-def _share_crops(workdir: Path, folder: Path) -> None:
+def _share_crops(workdir: Workdir, run: Workdir) -> None:
     """Lets a run's folder stand for itself, for `evaluate` and all else that reads one."""
-    if not _is_primary():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("crops", "arrays"):
-        link = folder / name
+    run.path.mkdir(parents=True, exist_ok=True)
+    for folder, link in ((workdir.crops, run.crops), (workdir.arrays, run.arrays)):
         if not link.exists():  # copying a comparison may have put the folder there
             link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(workdir / name, folder), target_is_directory=True)
+            link.symlink_to(os.path.relpath(folder, run.path), target_is_directory=True)
 
 
-def _validation_predictions(folder: Path, data: PreparedData) -> np.ndarray:
-    """Returns the predicted classes, int [N], of the best checkpoint; kept as a table."""
-    path, split = folder / _PREDICTIONS, data.arrays["val"]
-    if not path.exists():
-        network = load_network(folder, "best")
-        probabilities, _ = predict_split(network, split, network.meta["batch_size"])
-        if _is_primary():
-            write_predictions(path, split.records, probabilities, network.class_names)
-        return probabilities.argmax(axis=1)
-    return read_predictions(path, split, data.crop_set.class_names)
+def _train(
+    e: Experiment, run: Workdir, data: PreparedData, init: Initialization, compiled: dict[str, Any]
+) -> Trained:
+    """Trains, or goes on, and predicts the validation split; reads what is tested already."""
+    if run.results.exists():
+        seconds = _read_results(run).timing.typical_train_s
+        return Trained(_read_predictions(run, "val", data), seconds, None)
+    progress = train.train_run(e.config, run, data, init, compiled)
+    network, split = predict.load_network(run, "best", compiled), data.arrays["val"]
+    probabilities, _ = predict.predict_split(network, split, e.config.train.batch_size)
+    if mesh.is_primary():
+        predict.write_predictions(
+            run.predictions("val"), split.records, probabilities, data.crop_set.class_names
+        )
+    seconds = progress.typical_train_s(e.config.optim.freeze_epochs)
+    return Trained(probabilities.argmax(axis=1), seconds, progress)
 
 
-def _record_choice(path: Path, choice: Choice, tested: Sequence[str]) -> Sequence[str]:
-    """Writes the choice before any test split is opened for it, once.
+def _read_results(run: Workdir) -> RunResults:
+    return from_record(RunResults, read_json(run.results), run.results)
 
-    Args:
-      path: choice.json.
-      choice: what the rule chose now.
-      tested: labels of the experiments whose test split has been opened before.
 
-    Returns:
-      The labels of those that had been tested when this choice was first made. There are some if
-      experiments were added to a comparison that was finished.
+def _read_predictions(run: Workdir, name: str, data: PreparedData) -> np.ndarray:
+    """Reads the predicted classes, int [N], of a split of a tested run.
+
+    Raises:
+      Error: there are none, or they are of other crops.
     """
-    record = choice.to_dict()
+    path, rows = run.predictions(name), []
     if path.exists():
-        kept = read_json(path)
-        before: list[str] = kept.pop("tested_before_choice")
-        if kept == json.loads(json.dumps(record)):
-            return before
-    if _is_primary():
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, record | {"tested_before_choice": list(tested)})
-    return tested
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+    if [row["path"] for row in rows] != [record.crop for record in data.arrays[name].records]:
+        raise Error(f"{path}: missing or of other crops; delete {run.results} to predict again")
+    return np.array([data.crop_set.class_names.index(row["prediction"]) for row in rows])
+
+
+def _by_name(experiments: Sequence[Experiment], values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Values by label as a list of its seeds for each experiment that has any."""
+    found: dict[str, list[Any]] = {}
+    for e in experiments:
+        if e.label in values:
+            found.setdefault(e.name, []).append(values[e.label])
+    return found
+
+
+def _split(data: PreparedData, name: str, seed: int) -> Split:
+    arrays = data.arrays[name]
+    return Split(arrays.labels, arrays.groups, data.crop_set.class_names, seed=seed)
 
 
 def _choose(
-    done: Sequence[Experiment], trained: Mapping[str, Trained], data: PreparedData, seed: int
+    done: Sequence[Experiment], trained: Mapping[str, Trained], workdir: Workdir, split: Split
 ) -> Choice:
-    split = data.arrays["val"]
-    seconds = {
-        name: mean_over_seeds(done, name, lambda e: trained[e.label].seconds)
-        for name in experiment_names(done)
+    """Chooses by validation and time alone, and writes choice.json.
+
+    A choice that stands there already is returned as it was first made: with the trainings that had
+    been tested then. There are some if experiments were added to a finished comparison.
+    """
+    of_seeds = _by_name(done, trained)
+    predictions = {name: [t.predictions for t in seeds] for name, seeds in of_seeds.items()}
+    seconds = {name: fmean(t.seconds for t in seeds) for name, seeds in of_seeds.items()}
+    choice, path = choose(predictions, split, seconds), workdir.comparison / "choice.json"
+    if path.exists():
+        first = from_record(Choice, read_json(path), path)
+        if dataclasses.replace(first, tested_before_choice=()) == choice:
+            return first
+    runs = {label: Workdir(workdir.experiments / label) for label in trained}
+    tested = tuple(label for label, run in runs.items() if predict.has_opened(run, "test"))
+    choice = dataclasses.replace(choice, tested_before_choice=tested)
+    if mesh.is_primary():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, dataclasses.asdict(choice))
+    return choice
+
+
+def report(
+    base: ConfigDict,
+    experiments: Sequence[Experiment],
+    workdir: Workdir,
+    data: PreparedData,
+    choice: Choice,
+    failures: Mapping[str, str],
+) -> None:
+    """Writes tables, figures and compare.json to compare/ in the workdir, and prints the table.
+
+    Args:
+      base: the config of the crops.
+      experiments: all that were asked for; what they found is read from their folders.
+      workdir: the comparison's folder.
+      data: the crops.
+      choice: what was chosen, before any of these was tested.
+      failures: why some were not trained, by label.
+    """
+    done = [e for e in experiments if e.label not in failures]
+    runs = {e.label: Workdir(workdir.experiments / e.label) for e in done}
+    results = {label: _read_results(run) for label, run in runs.items()}
+    records = {label: read_metrics(run.metrics) for label, run in runs.items()}
+    tests = {label: _read_predictions(run, "test", data) for label, run in runs.items()}
+    predictions, split = _by_name(done, tests), _split(data, "test", base.seed)
+    num_crops, *shape, channels = data.arrays["train"].images.shape
+    inputs = (*shape, 3 if channels == 1 else channels)  # grey is repeated
+    rows = []
+    for candidate in choice.candidates:
+        name, train_s = candidate.name, candidate.seconds
+        found = [results[e.label] for e in done if e.name == name]
+        num_epochs = found[0].num_epochs
+        parameters, multiply_adds = totals(summarize(create_model(**found[0].model), inputs))
+        rows.append(
+            Row(
+                name=name,
+                chosen=name == choice.chosen,
+                seeds=tuple(e.seed for e in done if e.name == name),
+                validation=candidate.estimate,
+                test=estimate(predictions[name], split),
+                parameters=parameters,
+                multiply_adds=multiply_adds,
+                train_s=train_s,
+                epoch_s=train_s / num_epochs,
+                train_images_per_second=num_epochs * num_crops / train_s,
+                eval_images_per_second=fmean(r.timing.eval_images_per_second for r in found),
+                step_memory_bytes=max(r.memory["train_step_bytes"] for r in found),
+            )
+        )
+    seeds = {e.label: e.seed for e in experiments}
+    texts = {label: f"seed {seeds[label]}: {text}" for label, text in failures.items()}
+    failed = {name: "; ".join(of) for name, of in _by_name(experiments, texts).items()}
+    comparisons = compare_with(choice.chosen, predictions, split)
+    notes = circumstances(base, done, rows, results[done[0].label].baseline.test_accuracy)
+    parts = comparison_table.paragraphs(rows, failed, choice, comparisons, notes)
+    folder = workdir.comparison
+    comparison_table.write_table(folder, rows, failed, parts)
+    plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
+    plot_curves_together(_by_name(done, records), folder / "curves.png")
+    everything = {
+        "choice": dataclasses.asdict(choice),
+        "experiments": [dataclasses.asdict(row) for row in rows],
+        "test_comparisons": {name: dataclasses.asdict(c) for name, c in comparisons.items()},
+        "failures": failures,
+        "trainings": {label: dataclasses.asdict(r) for label, r in results.items()},
+        "manifest_sha256": data.crop_set.manifest_sha256,
+        "config": base.to_dict(),
     }
-    return choose(
-        by_name(done, {label: t.predictions for label, t in trained.items()}),
-        split.labels,
-        split.groups,
-        seconds,
-        class_names=data.crop_set.class_names,
-        seed=seed,
+    write_json(folder / "compare.json", everything)
+    print(comparison_table.as_text(parts))
+
+
+def circumstances(
+    base: ConfigDict, done: Sequence[Experiment], rows: Sequence[Row], baseline: float
+) -> list[str]:
+    """Returns what a reader must know to compare the figures.
+
+    Args:
+      base: the config of the crops.
+      done: the trainings.
+      rows: what they found.
+      baseline: accuracy of brightness and contrast alone on the test split, which all share.
+    """
+    notes = []
+    for name, config in {e.name: e.config for e in done}.items():
+        own = ("seed ", "data.seed ", "model.name ")
+        changed = [text for text in differences(base, config) if not text.startswith(own)]
+        if changed:
+            notes.append(
+                f"Note: {name} is trained otherwise than the comparison says: in its own config "
+                f"{'; '.join(changed)}."
+            )
+    notes.append(
+        "Brightness and contrast of the crops alone, by a linear classifier: accuracy "
+        f"{baseline:.3f} on the test split."
     )
-
-
-def _failed(failures: Failures) -> str:
-    listed = "; ".join(f"{label}: {' '.join(text.split())}" for label, text in failures.items())
-    return f"{len(failures)} of the trainings failed ({listed}); the same command tries them again"
-
-
-def _is_primary() -> bool:
-    return jax.process_index() == 0
+    worse = [row.name for row in rows if row.test.accuracy <= baseline]
+    if worse:
+        notes.append(f"WARNING: no better than brightness and contrast: {', '.join(worse)}.")
+    return notes

@@ -48,20 +48,9 @@ def test_accuracy_of_two_gaussians_is_the_optimum(offset, expected):
 
 def test_contrast_alone_is_found_too():
     rng = np.random.default_rng(2)
-    labels = np.arange(200) % 2
+    labels = np.where(np.arange(200) % 2, 7, 3)  # need not be consecutive
     images = rng.normal(100, 5 + 2 * labels[:, None, None, None], (200, 32, 32, 1))
     assert mean_std_baseline(images[:100], labels[:100], images[100:], labels[100:]) == 1
-
-
-def test_blind_to_position():
-    # The same pixels in another order: nothing that a mean or a deviation could see.
-    rng = np.random.default_rng(3)
-    labels = np.arange(400) % 2
-    images = np.sort(gaussian_crops(rng, labels, 0, size=16).reshape(400, -1), axis=1)
-    images[labels == 1] = images[labels == 1, ::-1]
-    images = images.reshape(400, 16, 16, 1)
-    accuracy = mean_std_baseline(images[:200], labels[:200], images[200:], labels[200:])
-    assert 0.4 < accuracy < 0.6
 
 
 def test_priors_are_balanced():
@@ -85,10 +74,3 @@ def test_equal_channels_and_constant_crops_do_not_break_it():
     assert mean_std_baseline(flat[:50], labels[:50], flat[50:], labels[50:]) == 0.5
     flat[labels == 1] = 200
     assert mean_std_baseline(flat[:50], labels[:50], flat[50:], labels[50:]) == 1
-
-
-def test_labels_need_not_be_consecutive():
-    rng = np.random.default_rng(6)
-    labels = np.where(np.arange(100) % 2, 7, 3)
-    images = gaussian_crops(rng, labels, 50)
-    assert mean_std_baseline(images[:50], labels[:50], images[50:], labels[50:]) == 1
