@@ -28,12 +28,13 @@ default runs/<name of the config>. Every key is explained in configs/default.py.
 import contextlib
 import errno
 import functools
+import importlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -52,9 +53,22 @@ from jaxcells.text import one_line
 
 logger = logging.getLogger("jaxcells")
 
-_CONFIG_VERBS = ("train", "compare", "crop", "check", "describe", "gradients")
+# Module and function of every verb. They are imported when used: `crop` works without JAX, and help
+# is quick.
+_CONFIG_VERBS = {
+    "train": ("train", "train_and_evaluate"),
+    "compare": ("compare", "compare"),
+    "crop": ("prepare", "crop"),
+    "check": ("prepare", "check"),
+    "describe": ("describe", "describe"),
+    "gradients": ("gradients", "compare_gradients"),
+}
+_WORKDIR_VERBS = {
+    "evaluate": ("evaluate", "evaluate"),
+    "export weights": ("export", "export_weights"),
+    "export tfds": ("export", "export_tfds"),
+}
 _NO_CONFIG = "--config is missing; for instance --config demo, see --help"
-_WORKDIR_VERBS = ("evaluate", "export weights", "export tfds")
 
 
 def run() -> None:
@@ -87,44 +101,21 @@ def _run() -> int:
 
 
 def _dispatch() -> None:
-    # Every verb imports what it needs: `crop` works without JAX, and help is quick.
     verb, args = _parse()
     if verb in _WORKDIR_VERBS:
         _use_trained(verb, args)
         return
-    config, workdir = _config(args), _workdir(args)
+    config = _config(args)
+    arguments: list[Any] = [_workdir(args)]
     if verb == "compare" or ("experiments" in config and verb in ("crop", "check")):
         config, experiments = expand_comparison(config, _config_file(args).parent)
+        arguments = [experiments, *arguments] if verb == "compare" else arguments
     elif "experiments" in config:
         raise Error(f"this config is of a comparison; run `compare` with it, not `{verb}`")
     else:
         validate(config)
-    if verb == "crop":
-        from jaxcells.workflows.prepare import crop
-
-        crop(config, workdir)
-    elif verb == "check":
-        from jaxcells.workflows.prepare import check
-
-        check(config, workdir)
-    elif verb == "describe":
-        from jaxcells.workflows.describe import describe
-
-        describe(config, workdir)
-    elif verb == "gradients":
-        from jaxcells.workflows.gradients import compare_gradients
-
-        compare_gradients(config, workdir)
-    else:
-        with _training():
-            if verb == "compare":
-                from jaxcells.workflows.compare import compare
-
-                compare(config, experiments, workdir)
-            else:
-                from jaxcells.workflows.train import train_and_evaluate
-
-                train_and_evaluate(config, workdir)
+    with _training() if verb in ("train", "compare") else contextlib.nullcontext():
+        _workflow(*_CONFIG_VERBS[verb])(config, *arguments)
 
 
 def _use_trained(verb: str, args: flags.FlagValues) -> None:
@@ -139,21 +130,18 @@ def _use_trained(verb: str, args: flags.FlagValues) -> None:
             f"{workdir.experiments / runs[0]} (there are {', '.join(runs)})"
         )
     output = None if args.output is None else Path(args.output).expanduser()
-    if verb == "evaluate":
-        from jaxcells.workflows.evaluate import evaluate
-        from jaxcells.workflows.train import check_config
+    arguments: dict[str, dict[str, Any]] = {
+        "evaluate": {"split": args.split, "which": _checkpoint(args)},
+        "export weights": {"output": output, "which": _checkpoint(args)},
+        "export tfds": {"output": output},
+    }
+    if args.config is not None:
+        _workflow("train", "check_config")(_config(args), workdir)
+    _workflow(*_WORKDIR_VERBS[verb])(workdir, **arguments[verb])
 
-        if args.config is not None:
-            check_config(_config(args), workdir)
-        evaluate(workdir, split=args.split, which=_checkpoint(args))
-    elif verb == "export weights":
-        from jaxcells.workflows.export import export_weights
 
-        export_weights(workdir, output, which=_checkpoint(args))
-    else:
-        from jaxcells.workflows.export import export_tfds
-
-        export_tfds(workdir, output)
+def _workflow(module: str, function: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"jaxcells.workflows.{module}"), function)
 
 
 def _parse() -> tuple[str, flags.FlagValues]:

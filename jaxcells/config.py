@@ -5,7 +5,7 @@ not known; what else a value must be stands in the tables below.
 """
 
 import dataclasses
-import importlib.util
+import importlib
 import math
 import re
 import sys
@@ -22,14 +22,25 @@ from jaxcells.files import Error
 _INSTALLED = Path(__file__).parent / "configs"
 SHIPPED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
-_ONE_OF = {
-    "init_conv1": ("adapt", "fresh"),
-    "model.dtype": ("float32", "bfloat16"),
-    "data.normalize": ("auto", "imagenet", "percentile"),
-    "optim.schedule": ("constant", "cosine"),
-    "optim.class_weights": ("none", "balanced"),
-}
+
+def _one_of(*choices: str) -> tuple[Callable[[Any], object], str]:
+    return choices.__contains__, f"one of {', '.join(choices)}"
+
+
+def _is_expression(text: object) -> bool:
+    try:
+        re.compile(str(text))
+    except re.error:
+        return False
+    return True
+
+
 _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
+    "init_conv1": _one_of("adapt", "fresh"),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "data.normalize": _one_of("auto", "imagenet", "percentile"),
+    "optim.schedule": _one_of("constant", "cosine"),
+    "optim.class_weights": _one_of("none", "balanced"),
     "seed": (lambda x: 0 <= x < 2**32, f"from 0 to {2**32 - 1}"),
     "data.seed": (lambda x: -1 <= x < 2**32, f"from 0 to {2**32 - 1}, or -1 for that of the run"),
     "model.width": (lambda x: 1 <= x <= 1024, "from 1 to 1024"),
@@ -46,7 +57,7 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda x: len(x) == 4 and all(isinstance(n, int) and n >= 0 for n in x),
         "four whole numbers: top, right, bottom, left",
     ),
-    "data.exclude": (lambda x: _is_expression(x), "a regular expression, or empty"),
+    "data.exclude": (_is_expression, "a regular expression, or empty"),
     "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "data.augment.intensity": (lambda x: 0 <= x < 1, "from 0 to below 1"),
     "optim.learning_rate": (lambda x: x > 0, "above 0"),
@@ -90,11 +101,7 @@ def load_config(path: Path) -> ConfigDict:
       Error: the file has no such function.
     """
     let_configs_import(path.parent)
-    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise Error(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"configs.{path.stem}")
     if not hasattr(module, "get_config"):
         raise Error(f"{path}: the file defines no get_config(); see configs/default.py")
     config: ConfigDict = module.get_config()
@@ -115,18 +122,15 @@ def validate(config: ConfigDict) -> None:
     present, known = flatten(config), flatten(default_config())
     mistakes = [f"{key} is not a key; see configs/default.py" for key in present.keys() - known]
     mistakes += [f"{key} is missing; see configs/default.py" for key in known.keys() - present]
-    mistakes += [
-        f"{key}={value!r} is not a finite number"
-        for key, value in present.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
     if not mistakes:
-        for key, choices in _ONE_OF.items():
-            if present[key] not in choices:
-                mistakes.append(f"{key}={present[key]!r} must be one of {', '.join(choices)}")
-        wrong = {key for key, (fits, _) in _MUST_BE.items() if not fits(present[key])}
-        mistakes += [f"{key}={present[key]!r} must be {_MUST_BE[key][1]}" for key in wrong]
-        mistakes += _contradictions(config, wrong)
+        wrong = {key: text for key, (fits, text) in _MUST_BE.items() if not fits(present[key])}
+        wrong |= {
+            key: "a finite number"
+            for key, value in present.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        }
+        mistakes = [f"{key}={present[key]!r} must be {text}" for key, text in wrong.items()]
+        mistakes += _contradictions(config, wrong.keys())
     if mistakes:
         number = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
         raise Error(f"the config has {number}:\n  " + "\n  ".join(sorted(mistakes)))
@@ -184,14 +188,6 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
                 f"optim.freeze: {pattern!r} would keep the random kernels of init_conv1=fresh; "
                 "leave conv1 out, for instance optim.freeze='(?!conv1|bn1|fc)'"
             )
-
-
-def _is_expression(text: object) -> bool:
-    try:
-        re.compile(str(text))
-    except re.error:
-        return False
-    return True
 
 
 def data_source(config: ConfigDict) -> str:
@@ -271,41 +267,39 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     # On the command line, "a,b" arrives as one text.
     listed = (base.experiments,) if isinstance(base.experiments, str) else base.experiments
     names = [name.strip() for text in listed for name in str(text).split(",") if name.strip()]
-    seeds = tuple(base.seeds) if isinstance(base.seeds, tuple | list) else (base.seeds,)
+    seeds = list(base.seeds) if isinstance(base.seeds, tuple | list) else [base.seeds]
     del base.experiments, base.seeds
     validate(base)
     if not names or len(set(names)) < len(names):
         raise Error(f"experiments={','.join(names)!r} must name one or more configs, each once")
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
-    files = {name: folder / f"{name}.py" for name in names}
-    files = {name: path if path.is_file() else find_config(name) for name, path in files.items()}
 
     default, shared = flatten(default_config()), flatten(base)
     experiments, mistakes = [], []
-    for name, path in files.items():
-        own = flatten(load_config(path))
+    for name in names:
+        path = folder / f"{name}.py"
+        own = flatten(load_config(path if path.is_file() else find_config(name)))
         changes = {key: value for key, value in own.items() if value != default.get(key)}
         changes["model.name"] = own["model.name"]  # whatever the comparison's own is
-        mistakes += [
-            f"{name}: {key}={value!r} would need other crops than the comparison's "
-            f"{shared.get(key)!r}; set it in the config of the comparison"
-            for key, value in changes.items()
-            if key.startswith("data.")
-            and not key.startswith(("data.augment.", "data.normalize"))
-            and value != shared.get(key)
-        ]
+        for key, value in changes.items():
+            of_crops = key.startswith("data.") and not re.match(r"data\.(augment|normalize)", key)
+            if of_crops and value != shared.get(key):
+                mistakes.append(
+                    f"{name}: {key}={value!r} would need other crops than the comparison's "
+                    f"{shared.get(key)!r}; set it in the config of the comparison"
+                )
         for seed in seeds:
-            changed = base.copy_and_resolve_references()
-            changed.update_from_flattened_dict(changes)
-            changed.seed, changed.data.seed = seed, data_seed(base)
-            try:
-                validate(changed)
-            except Error as error:
-                mistakes.append(f"{name}: {error}")
-            experiments.append(Experiment(name, seed, changed))
+            config = base.copy_and_resolve_references()
+            config.update_from_flattened_dict(changes)
+            config.seed, config.data.seed = seed, data_seed(base)
+            experiments.append(Experiment(name, seed, config))
+        try:
+            validate(config)
+        except Error as error:
+            mistakes.append(f"{name}: {error}")
     if mistakes:
-        raise Error("the comparison has mistakes:\n  " + "\n  ".join(dict.fromkeys(mistakes)))
+        raise Error("the comparison has mistakes:\n  " + "\n  ".join(mistakes))
     return base, experiments
 
 

@@ -158,7 +158,7 @@ def test_misspelt_and_missing_keys_of_a_config_file_are_named():
 
 
 def test_numbers_must_be_finite():
-    with pytest.raises(Error, match=r"optim\.learning_rate=inf is not a finite number"):
+    with pytest.raises(Error, match=r"optim\.learning_rate=inf must be a finite number"):
         validate(changed(optim__learning_rate=float("inf")))
 
 
