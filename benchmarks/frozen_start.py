@@ -1,23 +1,23 @@
-r"""Fine-tuning the end of a network: activations kept, computed in every step, and torchvision.
+r"""Fine-tuning the end of a network: features kept, computed in every step, and torchvision.
 
     pip install -e '.[bench]'
     python -m benchmarks.frozen_start --model resnet34 --batch_size 32 --image_size 200
 
 Two tasks: all but the last stage and the head frozen, and all but the head (a linear probe). The
-contestants are our training step on kept activations, our training step on images with the same
+contestants are our training step on kept features, our training step on images with the same
 parameters frozen, and torchvision's network with these parameters out of the gradient and their
 modules in evaluation mode. They take turns; the medians, and the medians of the ratios within a
-round, are appended to benchmarks/RESULTS.md, with what computing the activations takes once.
+round, are appended to benchmarks/RESULTS.md, with what computing the features takes once.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from jaxcells.data.loader import train_batches
 from jaxcells.data.normalization import IMAGENET_MEAN, IMAGENET_STD, fit_normalization
 from jaxcells.models import create_model
 from jaxcells.training import mesh, optim, state, steps
-from jaxcells.training.activations import keep_activations
+from jaxcells.training.features import Inputs, compute_features
 from jaxcells.training.freeze import frozen_prefix
 from tools.torchvision_import import import_torchvision
 
@@ -41,7 +41,7 @@ Train = Callable[[int], None]
 def ours(
     args: argparse.Namespace, images: np.ndarray, labels: np.ndarray, pattern: str
 ) -> tuple[dict[str, Train], float]:
-    """Our steps on kept activations and on images, and images per second of computing the former.
+    """Our steps on kept features and on images, and images per second of computing the former.
 
     Batches come from memory-mapped or plain arrays through the loader, as in a run.
     """
@@ -55,24 +55,21 @@ def ours(
     )
     prefix = frozen_prefix(model.segments, fresh.params, (pattern,))
 
-    kept = keep_activations(
-        model,
-        fresh.variables,
-        prefix,
-        normalize,
-        {"train": images},
-        Path(tempfile.mkdtemp()) / "activations",
+    crops = Inputs(images, images[:0], normalize)
+    features = compute_features(
+        *(model, fresh.variables, prefix, crops, Path(tempfile.mkdtemp()) / "features"),
+        symmetries=False,
         batch_size=args.batch_size,
         fingerprint="benchmark",
     )
-    assert kept is not None, "the disk has no room"
+    assert features is not None, "the disk has no room"
 
-    def contestant(inputs: np.ndarray, first: int, prepare: Any) -> Train:
-        current = mesh.replicate(
-            fresh.replace(apply_fn=state.apply_segments(model, first)), devices
-        )
-        step = mesh.jit_train_step(steps.make_train_step(prepare, freeze=(pattern,)), devices)
-        batches = train_batches(inputs, labels, args.batch_size, seed=0)
+    def contestant(inputs: Inputs) -> Train:
+        apply_fn = functools.partial(model.apply, first=inputs.first_segment)
+        current = mesh.replicate(fresh.replace(apply_fn=apply_fn), devices)
+        train_step = steps.make_train_step(inputs.normalize, freeze=(pattern,))
+        step = mesh.jit_train_step(train_step, devices)
+        batches = train_batches(inputs.train, labels, args.batch_size, seed=0)
         key = jax.random.key(0)
 
         def train(num_steps: int) -> None:
@@ -84,13 +81,9 @@ def ours(
         return train
 
     return {
-        "jaxcells, activations kept": contestant(kept.arrays["train"], prefix, _as_it_is),
-        "jaxcells, computed in every step": contestant(images, 0, normalize),
-    }, len(images) / kept.seconds
-
-
-def _as_it_is(activations: Any) -> Any:
-    return activations
+        "jaxcells, features kept": contestant(features),
+        "jaxcells, computed in every step": contestant(crops),
+    }, len(images) / features.features_s
 
 
 def theirs(args: argparse.Namespace, images: np.ndarray, labels: np.ndarray, pattern: str) -> Train:
@@ -165,7 +158,7 @@ def report(
                 else f"{np.median(ratio):.1f} ({ratio.min():.1f}–{ratio.max():.1f})"
             )
             lines.append(f"| {name} | {np.median(rate):.1f} | {shown} |")
-        lines.append(f"| computing the activations, once | {once:.1f} | |")
+        lines.append(f"| computing the features, once | {once:.1f} | |")
     size = args.image_size
     return "\n".join(
         [

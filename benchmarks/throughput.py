@@ -70,7 +70,7 @@ def ours(args: argparse.Namespace, batch: dict[str, np.ndarray]) -> Contestant:
         devices,
     )
     train_step = mesh.jit_train_step(steps.make_train_step(normalize), devices)
-    eval_step = mesh.jit_eval_step(steps.make_eval_step(normalize), devices)
+    eval_step = mesh.jit_step(steps.make_eval_step(normalize), devices)
     key = jax.random.key(0)
 
     def train(num_steps: int) -> None:

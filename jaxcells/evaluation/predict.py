@@ -1,6 +1,5 @@
-"""Figures of a trained run on one split: every crop once, intervals over fields."""
+"""Predictions of a trained network for one split, and the history of splits that were opened."""
 
-import csv
 import dataclasses
 import datetime
 import json
@@ -14,14 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxcells.data.arrays import SplitArrays
+from jaxcells.data.crop_set import CropRecord
 from jaxcells.data.loader import Batch, eval_batches, num_batches
-from jaxcells.data.manifest import CropRecord
-from jaxcells.data.normalization import Normalization
-from jaxcells.evaluation.metrics import classification_metrics
-from jaxcells.files import write_whole
+from jaxcells.evaluation.metrics import SplitMetrics, classification_metrics
+from jaxcells.files import Workdir, write_csv
 from jaxcells.models import create_model
 from jaxcells.training import mesh
-from jaxcells.training.checkpoints import Which, restore_variables
+from jaxcells.training.checkpoints import CheckpointMeta, Which, restore_variables
 from jaxcells.training.state import TrainState, inference_state
 from jaxcells.training.steps import PredictStep, make_predict_step
 
@@ -32,46 +30,40 @@ class TrainedNetwork:
 
     Attributes:
       state: parameters and statistics on the devices.
-      normalization: pixels to inputs, as in training.
-      class_names: the position is the label.
-      step: the checkpoint's.
-      meta: what else was stored with it.
+      meta: what was stored with them.
       predict_step: from state and batch to probabilities, jitted for the mesh.
       devices: the mesh.
     """
 
     state: TrainState
-    normalization: Normalization
-    class_names: tuple[str, ...]
-    step: int
-    meta: dict[str, Any]
+    meta: CheckpointMeta
     predict_step: PredictStep
     devices: jax.sharding.Mesh
 
 
-def load_network(workdir: Path, which: Which = "best") -> TrainedNetwork:
+def load_network(
+    workdir: Workdir, which: Which = "best", compiled: dict[str, Any] | None = None
+) -> TrainedNetwork:
     """Restores a network from a workdir, which is all that is needed.
 
     Args:
-      workdir: the folder of a run.
+      workdir: of a run.
       which: a step, "latest" or "best".
+      compiled: see `loop.train`.
 
     Raises:
       Error: no such checkpoint, or it is damaged.
     """
-    variables, meta = restore_variables(workdir / "checkpoints", which)
-    model = create_model(**meta["model"])
-    normalization = Normalization.from_dict(meta["normalization"])
+    compiled = {} if compiled is None else compiled
+    variables, meta = restore_variables(workdir.checkpoints, which)
     devices = mesh.make_mesh()
-    return TrainedNetwork(
-        state=mesh.replicate(inference_state(model, variables), devices),
-        normalization=normalization,
-        class_names=tuple(meta["class_names"]),
-        step=meta["step"],
-        meta=meta,
-        predict_step=mesh.jit_predict_step(make_predict_step(normalization), devices),
-        devices=devices,
-    )
+    key = repr(("predict", meta.model, meta.normalization))
+    if key not in compiled:
+        step = mesh.jit_step(make_predict_step(meta.normalization), devices)
+        compiled[key] = create_model(**meta.model), step
+    model, predict_step = compiled[key]
+    state = mesh.replicate(inference_state(model, variables), devices)
+    return TrainedNetwork(state, meta, predict_step, devices)
 
 
 def predict_split(
@@ -105,13 +97,20 @@ def predict_split(
     return probabilities, seconds
 
 
-def split_metrics(
-    probabilities: np.ndarray, split: SplitArrays, class_names: Sequence[str], *, seed: int
-) -> dict[str, Any]:
-    """Returns the figures of one split with 95 % intervals over its independent fields."""
-    return classification_metrics(
-        probabilities, split.labels, class_names=class_names, groups=split.groups, seed=seed
+def evaluate_split(
+    network: TrainedNetwork, split: SplitArrays
+) -> tuple[np.ndarray, SplitMetrics, dict[str, float]]:
+    """Returns what `predict_split` does, and the figures with intervals over independent fields."""
+    meta = network.meta
+    probabilities, seconds = predict_split(network, split, meta.batch_size)
+    metrics = classification_metrics(
+        probabilities,
+        split.labels,
+        class_names=meta.class_names,
+        groups=split.groups,
+        seed=meta.seed,
     )
+    return probabilities, metrics, seconds
 
 
 def write_predictions(
@@ -121,49 +120,42 @@ def write_predictions(
     class_names: Sequence[str],
 ) -> None:
     """Writes a line per crop: path, label, prediction, source, group, one probability a class."""
-    with write_whole(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["path", "label", "prediction", "source", "group"]
-            + [f"probability {name}" for name in class_names]
-        )
-        for record, row in zip(records, probabilities, strict=True):
-            prediction = class_names[int(row.argmax())]
-            writer.writerow(
-                [record.crop, record.label, prediction, record.source, record.group]
-                + [f"{value:.6g}" for value in row]
-            )
+    header = ["path", "label", "prediction", "source", "group"]
+    rows = [
+        [r.crop, r.label, class_names[row.argmax()], r.source, r.group, *(f"{p:.6g}" for p in row)]
+        for r, row in zip(records, probabilities, strict=True)
+    ]
+    write_csv(path, header + [f"probability {name}" for name in class_names], rows)
 
 
-def write_history(workdir: Path, verb: str, split: str, step: int) -> int:
+def write_history(workdir: Workdir, verb: str, split: str, step: int) -> int:
     """Adds a line to history.jsonl that says that a split was opened.
 
     Returns:
       How often this split of the workdir has been opened, this time included.
     """
-    path = workdir / "history.jsonl"
-    line = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "verb": verb,
-        "split": split,
-        "checkpoint": step,
-    }
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    with open(path, "a", encoding="utf-8") as file:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    line = {"time": now, "verb": verb, "split": split, "checkpoint": step}
+    before = workdir.history.read_text(encoding="utf-8") if workdir.history.exists() else ""
+    with open(workdir.history, "a", encoding="utf-8") as file:
         # A line that a crash cut off stays as it is, and counts.
         file.write("\n" * (before != "" and not before.endswith("\n")) + json.dumps(line) + "\n")
-    return 1 + sum(_opens(text, split) for text in before.splitlines())
+    return _times_opened(workdir, split)
 
 
-def has_opened(workdir: Path, split: str) -> bool:
+def has_opened(workdir: Workdir, split: str) -> bool:
     """Says whether history.jsonl knows of a time when a split of the workdir was opened."""
-    path = workdir / "history.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return any(_opens(line, split) for line in lines)
+    return _times_opened(workdir, split) > 0
 
 
-def _opens(line: str, split: str) -> bool:
-    try:
-        return json.loads(line)["split"] == split
-    except (ValueError, KeyError, TypeError):
-        return True
+def _times_opened(workdir: Workdir, split: str) -> int:
+    if not workdir.history.exists():
+        return 0
+
+    def opens(line: str) -> bool:
+        try:
+            return json.loads(line)["split"] == split
+        except (ValueError, KeyError, TypeError):
+            return True
+
+    return sum(map(opens, workdir.history.read_text(encoding="utf-8").splitlines()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+NUM_SYMMETRIES = 8  # of the square
+
 
 def augment(
     images: jax.Array, key: jax.Array, *, dihedral: bool = False, intensity: float = 0.0
@@ -43,7 +45,7 @@ def draw_symmetries(key: jax.Array, num_images: int) -> jax.Array:
     Returns:
       int32 `[B]`, from 0 to 7, see `apply_symmetries`.
     """
-    return jax.random.randint(jax.random.split(key)[0], (num_images,), 0, 8)
+    return jax.random.randint(jax.random.split(key)[0], (num_images,), 0, NUM_SYMMETRIES)
 
 
 def apply_symmetries(images: jax.Array, symmetries: jax.Array) -> jax.Array:

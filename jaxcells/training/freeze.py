@@ -7,7 +7,6 @@ means every path that begins with a match of it: `layer4` is all of the fourth s
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -60,7 +59,7 @@ def check_patterns(
     if all(matches(freeze, path) for path in paths):
         raise Error(
             "optim.freeze matches every parameter, and nothing is left to train; for a linear "
-            "probe use --config.optim.freeze='(?!fc)'"
+            "probe use optim.freeze='(?!fc)'"
         )
 
 
@@ -98,35 +97,3 @@ def frozen_norms(patterns: Sequence[str]) -> AbstractContextManager[None]:
         return next_function(*args, **kwargs)
 
     return nn.intercept_methods(intercept)
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Consecutive steps in which the same parameters are trained.
-
-    Attributes:
-      before: number of steps before them.
-      last_step: the last of them.
-      freeze: regular expressions over the paths of the parameters that are not.
-    """
-
-    before: int
-    last_step: int
-    freeze: tuple[str, ...] = ()
-
-
-def make_phases(
-    freeze: Sequence[str], freeze_epochs: int, *, steps_per_epoch: int, num_steps: int
-) -> tuple[Phase, ...]:
-    """Divides a run into the steps with frozen parameters and those without.
-
-    Args:
-      freeze: what is frozen.
-      freeze_epochs: for how many epochs from the start; 0 for all.
-      steps_per_epoch: number of steps in an epoch.
-      num_steps: number of steps in the run.
-    """
-    boundary = freeze_epochs * steps_per_epoch
-    if freeze and 0 < boundary < num_steps:
-        return Phase(0, boundary, tuple(freeze)), Phase(boundary, num_steps)
-    return (Phase(0, num_steps, tuple(freeze)),)

@@ -5,33 +5,23 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxcells.data.crop_set import CropSet
-from jaxcells.files import Error
-from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet, file_sha256
-from jaxcells.models.weights import (
-    Conv1,
-    PortError,
-    PortReport,
-    load_metadata,
-    load_pretrained,
-    load_safetensors,
-    transfer,
-)
+from jaxcells.files import Error, Workdir, file_sha256
+from jaxcells.models import weights
+from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet
 from jaxcells.training.checkpoints import best_step, read_meta, restore_variables
 from jaxcells.training.state import TrainState, with_variables
 
 logger = logging.getLogger("jaxcells")
 
-Seen = dict[str, list[str]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Initialization:
-    """What `config.init` stands for on this machine.
+    """What the key `init` of a config stands for on this machine.
 
     Attributes:
       kind: "imagenet", "file", "run" or "random".
@@ -43,11 +33,11 @@ class Initialization:
     kind: str
     path: Path | None = None
     warning: str = ""
-    conv1: Conv1 = "adapt"
+    conv1: weights.Conv1 = "adapt"
 
 
 def find_initialization(
-    init: str, model_name: str, *, random_if_missing: bool, conv1: Conv1 = "adapt"
+    init: str, model_name: str, *, random_if_missing: bool, conv1: weights.Conv1 = "adapt"
 ) -> Initialization:
     """Finds the weights before anything expensive happens, fetching those of ImageNet.
 
@@ -74,33 +64,50 @@ def find_initialization(
             return Initialization("random", warning=warning)
     path = Path(init).expanduser()
     if not path.is_dir():
-        load_safetensors(path)  # a wrong file shows here, before crops are drawn
+        weights.load_safetensors(path)  # a wrong file shows here, before crops are drawn
         return Initialization("file", path, conv1=conv1)
-    if best_step(path / "checkpoints") is None:
+    if best_step(Workdir(path).checkpoints) is None:
         raise Error(f"{path}: no validated checkpoint to start from; give the workdir of a run")
     return Initialization("run", path, conv1=conv1)
 
 
-def seen_images(crop_set: CropSet, init: Initialization) -> Seen:
-    """Lists the images that a network started so and trained on these crops has seen.
+def _origin(init: Initialization) -> Mapping[str, Any]:
+    """Returns class_names, manifest_sha256 and images_by_split of the training, as far as known."""
+    if init.path is None or init.kind == "imagenet":
+        return {}
+    if init.kind == "run":
+        return vars(read_meta(Workdir(init.path).checkpoints))
+    # As `export weights` writes it, or anything.
+    found: dict[str, Any] = weights.load_metadata(init.path)
+    for key, kind in (("class_names", list), ("images_by_split", dict)):
+        value = None
+        with contextlib.suppress(KeyError, ValueError):
+            value = json.loads(found[key])
+        found[key] = value if isinstance(value, kind) else None
+    return found
+
+
+def images_by_split(crop_set: CropSet, init: Initialization) -> dict[str, tuple[str, ...]]:
+    """Lists the images that a network started so and trained on these crops was made with.
 
     Args:
       crop_set: the crops of its training.
-      init: where its first parameters come from; what those have seen counts too, and so on back.
+      init: where its first parameters come from; the images of that training count too, and so on
+        back.
 
     Returns:
       {"train": …, "val": …}: of the images trained on and of those chosen by, the first 16 digits
       of the SHA-256 of their files.
     """
-    before = _seen_before(init) or {}
+    before = _origin(init).get("images_by_split") or {}
     return {
-        side: sorted({*before.get(side, ()), *_images(crop_set, (side,))})
-        for side in ("train", "val")
+        split: tuple(sorted({*before.get(split, ()), *_images(crop_set, split)}))
+        for split in ("train", "val")
     }
 
 
 def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
-    """Refuses to start from a network that has seen images which are now held out.
+    """Refuses to start from a network that was made with images which are now held out.
 
     Of a file that `export weights` did not write nothing can be told.
 
@@ -108,12 +115,15 @@ def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
       Error: an image of this run's val or test split was trained on, or one of its test split
         chosen by, for that network or one that it was started from.
     """
-    seen = _seen_before(init)
+    origin = _origin(init)
+    before = origin.get("images_by_split")
     # On the very same crops and split there is nothing new to hold out.
-    if seen is None or _manifest(init) == crop_set.manifest_sha256:
+    if not before or origin.get("manifest_sha256") == crop_set.manifest_sha256:
         return
-    held_out, tested = _images(crop_set, ("val", "test")), _images(crop_set, ("test",))
-    leaked = {*held_out.keys() & set(seen["train"]), *tested.keys() & set(seen["val"])}
+    tested = _images(crop_set, "test")
+    held_out = tested | _images(crop_set, "val")
+    leaked = held_out.keys() & set(before["train"])
+    leaked |= tested.keys() & set(before["val"])
     if leaked:
         raise Error(
             f"{init.path}, or a run that it began from, has been trained or chosen by "
@@ -122,29 +132,10 @@ def check_no_leak(init: Initialization, crop_set: CropSet) -> None:
         )
 
 
-def _images(crop_set: CropSet, sides: tuple[str, ...]) -> dict[str, str]:
-    """Returns the images that some sides of a split were cropped from, by their hash."""
-    sources = {record.source for record in crop_set.records if record.split in sides}
+def _images(crop_set: CropSet, split: str) -> dict[str, str]:
+    """Returns the images that a split was cropped from, by their hash."""
+    sources = {record.source for record in crop_set.split(split)}
     return {crop_set.sources[source]["sha256"][:16]: source for source in sources}
-
-
-def _seen_before(init: Initialization) -> Seen | None:
-    """Returns what the first parameters have seen, as far as their source tells."""
-    if init.kind == "run" and init.path is not None:
-        seen: Seen = read_meta(init.path / "checkpoints")["seen"]
-        return seen
-    if init.kind == "file" and init.path is not None:
-        with contextlib.suppress(KeyError, ValueError):
-            return json.loads(load_metadata(init.path)["seen"])
-    return None
-
-
-def _manifest(init: Initialization) -> str | None:
-    if init.path is None:
-        return None
-    if init.kind == "run":
-        return read_meta(init.path / "checkpoints")["manifest_sha256"]
-    return load_metadata(init.path).get("manifest_sha256")
 
 
 def initialize(
@@ -167,27 +158,23 @@ def initialize(
     """
     record: dict[str, Any] = {"kind": init.kind, "source": None, "sha256": None}
     if init.path is None:
-        if init.warning:
-            record["warning"] = init.warning
-        return state, record
+        return state, record | ({"warning": init.warning} if init.warning else {})
     record["source"] = str(init.path)
-    port: Callable[..., tuple[dict[str, Any], PortReport]]
+    names_there = _origin(init).get("class_names")
     if init.kind == "run":
-        source, meta = restore_variables(init.path / "checkpoints", "best")
-        record["step"] = meta["step"]
-        names_there = meta["class_names"]
-        port = functools.partial(transfer, source, source=str(init.path))
+        source, meta = restore_variables(Workdir(init.path).checkpoints, "best")
+        record["step"] = meta.step
+        port = functools.partial(weights.transfer, source, source=str(init.path))
     else:
         record["sha256"] = file_sha256(init.path)
-        names_there = _class_names(init.path)
-        port = functools.partial(load_pretrained, init.path)
+        port = functools.partial(weights.load_pretrained, init.path)
     try:
         variables, report = port(
             variables=state.variables,
             conv1=init.conv1,
             other_classes=_other_classes(names_there, class_names),
         )
-    except PortError as error:
+    except weights.PortError as error:
         if (everything := error.report.problems()) not in str(error):
             logger.warning("%s: all that does not fit: %s", init.path, everything)
         raise
@@ -196,15 +183,6 @@ def initialize(
         record["tensors"] += "; the head too, which says nothing of its classes"
     logger.info("weights from %s: %s", init.path, record["tensors"])
     return with_variables(state, variables), record
-
-
-def _class_names(path: Path) -> list[str] | None:
-    """Returns the class names that `export weights` leaves in a file; None for other files."""
-    try:
-        names = json.loads(load_metadata(path)["class_names"])
-    except (KeyError, ValueError):
-        return None
-    return [str(name) for name in names] if isinstance(names, list) else None
 
 
 def _other_classes(there: Sequence[str] | None, here: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Wrapped
 
@@ -24,11 +25,11 @@ from jaxcells.training.steps import EvalStep, PredictStep, TrainStep
 
 Tree = TypeVar("Tree")
 
-_DISTRIBUTED_VARIABLES = (
-    "JAXCELLS_COORDINATOR",
-    "JAXCELLS_NUM_PROCESSES",
-    "JAXCELLS_PROCESS_ID",
-)
+_NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
+_DISTRIBUTED = ("JAXCELLS_COORDINATOR", "JAXCELLS_NUM_PROCESSES", "JAXCELLS_PROCESS_ID")
+# SLURM_NTASKS also counts the tasks that an allocation could start: in a shell inside one, waiting
+# for them would never end.
+_LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def initialize_distributed() -> None:
@@ -41,38 +42,49 @@ def initialize_distributed() -> None:
     Raises:
       Error: if only some of the three variables are set, or a number is not one.
     """
-    given = {name: os.environ[name] for name in _DISTRIBUTED_VARIABLES if os.environ.get(name)}
-    if given:
-        missing = [name for name in _DISTRIBUTED_VARIABLES if name not in given]
-        if missing:
-            raise Error(
-                f"{', '.join(given)} set without {', '.join(missing)}: set all three to run in "
-                "several processes, none to run in one"
-            )
-        coordinator, num_processes, process_id = given.values()
-        if not (num_processes.isdigit() and process_id.isdigit()) or (
-            int(process_id) >= int(num_processes)
-        ):
-            raise Error(
-                f"JAXCELLS_NUM_PROCESSES={num_processes} and JAXCELLS_PROCESS_ID={process_id}: the "
-                "second must be a whole number from 0 to one below the first"
-            )
-        # Left to find out, JAX would not read these two from any environment variable.
-        jax.distributed.initialize(
-            coordinator,
-            int(num_processes),
-            int(process_id),
-            cluster_detection_method="deactivate",
+    given = {name: value for name in _DISTRIBUTED if (value := os.environ.get(name))}
+    if not given:
+        if any(os.environ.get(name, "1") not in ("", "0", "1") for name in _LAUNCHED):
+            jax.distributed.initialize()
+        return
+    missing = [name for name in _DISTRIBUTED if name not in given]
+    if missing:
+        raise Error(
+            f"{', '.join(given)} set without {', '.join(missing)}: set all three to run in "
+            "several processes, none to run in one"
         )
-    # SLURM_NTASKS also counts the tasks that an allocation could start: in a shell inside one,
-    # waiting for them would never end.
-    elif _number("SLURM_STEP_NUM_TASKS") > 1 or _number("OMPI_COMM_WORLD_SIZE") > 1:
-        jax.distributed.initialize()
+    coordinator, num_processes, process_id = given.values()
+    numbers = num_processes.isdigit() and process_id.isdigit()
+    if not numbers or int(process_id) >= int(num_processes):
+        raise Error(
+            f"JAXCELLS_NUM_PROCESSES={num_processes} and JAXCELLS_PROCESS_ID={process_id}: the "
+            "second must be a whole number from 0 to one below the first"
+        )
+    jax.distributed.initialize(
+        coordinator,
+        int(num_processes),
+        int(process_id),
+        # Left to find out, JAX would not read these two from any environment variable.
+        cluster_detection_method="deactivate",
+    )
 
 
-def _number(variable: str) -> int:
-    value = os.environ.get(variable, "")
-    return int(value) if value.isdigit() else 0
+def is_primary() -> bool:
+    """Whether this process is the one of its run that writes files and to the terminal."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process of the run has come to the place of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def of_primary(value: bool) -> bool:
+    """Returns the value that the primary process passes, in every process of the run."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -111,7 +123,7 @@ def local_rows(batch_size: int, mesh: Mesh) -> slice:
         sizes = " or ".join(str(size) for size in (smaller, smaller + mesh.size) if size)
         raise Error(
             f"a batch of {batch_size} cannot be dealt equally to {mesh.size} devices: use "
-            f"--config.train.batch_size={sizes}"
+            f"train.batch_size={sizes}"
         )
     rows = batch_size // jax.process_count()
     start = rows * jax.process_index()
@@ -149,16 +161,14 @@ def jit_train_step(train_step: TrainStep, mesh: Mesh) -> Wrapped:
     )
 
 
-def jit_eval_step(eval_step: EvalStep, mesh: Mesh) -> Wrapped:
-    """Compiles an evaluation step; its sums are on every device."""
+def jit_step(step: EvalStep | PredictStep, mesh: Mesh) -> Wrapped:
+    """Compiles a step that changes no state; every process can read all that it returns."""
     replicated, sharded = _shardings(mesh)
-    return jax.jit(eval_step, in_shardings=(replicated, sharded), out_shardings=replicated)
+    return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated)
 
 
-def jit_predict_step(predict_step: PredictStep, mesh: Mesh) -> Wrapped:
-    """Compiles a prediction step; every process can read all rows of what it returns."""
-    replicated, sharded = _shardings(mesh)
-    return jax.jit(predict_step, in_shardings=(replicated, sharded), out_shardings=replicated)
+def _shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 
 def bytes_of(step: Compiled) -> int:
@@ -177,10 +187,6 @@ def bytes_of(step: Compiled) -> int:
     )
 
 
-def _shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-
-
 def describe_devices() -> dict[str, Any]:
     """Says what the run computes on: platform, kind, number of devices and of processes."""
     device = jax.devices()[0]
@@ -196,7 +202,7 @@ def accelerator_note() -> str | None:
     """Says in one line that a run is on the CPU, and why; None on an accelerator."""
     if jax.default_backend() != "cpu":
         return None
-    if not _has_nvidia_gpu():
+    if not (_NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi")):
         return "no accelerator found: running on the CPU, which works but is slow"
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         return "running on the CPU, as JAX_PLATFORMS=cpu asks, although there is an NVIDIA GPU"
@@ -204,7 +210,3 @@ def accelerator_note() -> str | None:
         "running on the CPU although there is an NVIDIA GPU, because JAX cannot use it: "
         "pip install 'jaxcells[gpu]' (driver 580 or newer)"
     )
-
-
-def _has_nvidia_gpu() -> bool:
-    return pathlib.Path("/proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))

@@ -1,12 +1,7 @@
-"""Stochastic gradient descent with momentum, as PyTorch defines it, and its learning rates.
-
-The same arguments give the same object, here and in `training.steps`: JAX compiles a function once,
-and several runs of one recipe share what it compiled.
-"""
+"""Stochastic gradient descent with momentum, as PyTorch defines it, and its learning rates."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -17,7 +12,6 @@ from jaxcells.files import Error
 from jaxcells.training.freeze import map_with_path, matches
 
 
-@functools.lru_cache(maxsize=8)
 def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.Schedule:
     """Makes the learning rate as a function of the step.
 
@@ -35,12 +29,11 @@ def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.S
     if name == "cosine":
         return optax.cosine_decay_schedule(learning_rate, num_steps)
     raise Error(
-        f"optim.schedule={name!r} is not known: use --config.optim.schedule=constant or "
-        "--config.optim.schedule=cosine"
+        f"optim.schedule={name!r} is not known: use optim.schedule=constant or "
+        "optim.schedule=cosine"
     )
 
 
-@functools.lru_cache(maxsize=8)
 def make_optimizer(
     schedule: optax.Schedule,
     *,

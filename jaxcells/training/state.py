@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+
+_NO_OPTIMIZER = optax.identity()
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -22,7 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
       params: float32 parameters.
       batch_stats: float32 running statistics of the norms; `{}` for a network without norms.
       opt_state: state of `tx`.
-      apply_fn: `Module.apply` of the network (static).
+      apply_fn: `Module.apply` of the network, or of its later segments (static).
       tx: the optimiser (static).
     """
 
@@ -37,20 +38,6 @@ class TrainState(flax.struct.PyTreeNode):
     def variables(self) -> dict[str, Any]:
         """What `apply_fn` takes first: `{"params", "batch_stats"}`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
-
-
-_NO_OPTIMIZER = optax.identity()
-
-
-@functools.lru_cache(maxsize=8)
-def apply_segments(model: nn.Module, first: int = 0, last: int | None = None) -> Callable[..., Any]:
-    """Returns `model.apply` for `segments[first:last]`; the same function for equal networks.
-
-    A state holds it, and what JAX compiled for a state fits another only if it is the same.
-    """
-    if first == 0 and last is None:
-        return functools.partial(model.apply)  # any module can do this
-    return functools.partial(model.apply, first=first, last=last)
 
 
 def create_train_state(
@@ -105,7 +92,7 @@ def inference_state(model: nn.Module, variables: Mapping[str, Any]) -> TrainStat
       model: network.
       variables: `{"params", "batch_stats"}`, e.g. from `checkpoints.restore_variables`.
     """
-    return _from_variables(apply_segments(model), _NO_OPTIMIZER, variables)
+    return _from_variables(model.apply, _NO_OPTIMIZER, variables)
 
 
 def _from_variables(

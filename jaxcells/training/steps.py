@@ -6,13 +6,11 @@ Each is made by a function that takes what stays the same for a whole run, and i
     {"image": [B, H, W, C] uint8 | uint16 | float32 as stored, "label": int32 [B],
      "mask": float32 [B], 1 for an example and 0 for a row that fills up the batch}
 
-and `normalize` takes its images to float32 `[B, H, W, C']`, the same in all three. The same
-arguments give the same function, which JAX compiles once (see `training.optim`).
+and `normalize` takes its images to float32 `[B, H, W, C']`, the same in all three.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,10 +23,10 @@ from jaxcells.training.freeze import frozen_norms, map_with_path, matches
 from jaxcells.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-Sums = dict[str, jax.Array]
+Totals = dict[str, jax.Array]
 Normalize = Callable[[Any], Any]
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]
-EvalStep = Callable[[TrainState, Batch], Sums]
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Totals]]
+EvalStep = Callable[[TrainState, Batch], Totals]
 PredictStep = Callable[[TrainState, Batch], jax.Array]
 
 
@@ -64,7 +62,6 @@ def cross_entropy(
     return jnp.sum(losses, where=counts) / jnp.sum(weights[labels], where=counts)
 
 
-@functools.lru_cache(maxsize=8)
 def make_train_step(
     normalize: Normalize,
     *,
@@ -74,10 +71,10 @@ def make_train_step(
     intensity: float = 0.0,
     freeze: tuple[str, ...] = (),
 ) -> TrainStep:
-    """Makes `train_step(state, batch, rng) -> (state, sums)`: one update by gradient descent.
+    """Makes `train_step(state, batch, rng) -> (state, totals)`: one update by gradient descent.
 
     `rng` is the key of the whole run: each step folds its number in, so that a resumed run draws
-    what an uninterrupted one would have drawn. The sums are those of `make_eval_step` without the
+    what an uninterrupted one would have drawn. The totals are those of `make_eval_step` without the
     confusion matrix: *plain* cross entropy, whatever the objective, so that the curves of training
     and validation show the same quantity. They stay on the device until somebody reads them.
 
@@ -98,7 +95,7 @@ def make_train_step(
     def updated(path: str, param: jax.Array, update: jax.Array) -> jax.Array:
         return param if matches(freeze, path) else param + update
 
-    def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, Sums]:
+    def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, Totals]:
         images = normalize(batch["image"])
         images = augment(
             images, jax.random.fold_in(rng, state.step), dihedral=dihedral, intensity=intensity
@@ -129,16 +126,15 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        return state, _sums(logits, batch)
+        return state, _totals(logits, batch)
 
     return train_step
 
 
-@functools.lru_cache(maxsize=8)
 def make_eval_step(normalize: Normalize) -> EvalStep:
-    """Makes `eval_step(state, batch) -> sums` over the rows with mask 1.
+    """Makes `eval_step(state, batch) -> totals` over the rows with mask 1.
 
-    The sums of all batches, added up, divided by the added-up count, are exact means over the
+    The totals of all batches, added up, divided by the added-up count, are exact means over the
     split, however it was cut into batches:
 
         loss: float32, summed cross entropy (natural logarithm, no weights, no smoothing)
@@ -151,18 +147,17 @@ def make_eval_step(normalize: Normalize) -> EvalStep:
       normalize: raw images to float32 images.
     """
 
-    def eval_step(state: TrainState, batch: Batch) -> Sums:
+    def eval_step(state: TrainState, batch: Batch) -> Totals:
         logits = state.apply_fn(state.variables, normalize(batch["image"]), train=False)
         num_classes = logits.shape[-1]
         true = jax.nn.one_hot(batch["label"], num_classes, dtype=jnp.int32)
         predicted = jax.nn.one_hot(logits.argmax(-1), num_classes, dtype=jnp.int32)
         true = jnp.where(batch["mask"][:, None] > 0, true, 0)
-        return {**_sums(logits, batch), "confusion": true.T @ predicted}
+        return {**_totals(logits, batch), "confusion": true.T @ predicted}
 
     return eval_step
 
 
-@functools.lru_cache(maxsize=8)
 def make_predict_step(normalize: Normalize) -> PredictStep:
     """Makes `predict_step(state, batch) -> probabilities`, float32 `[B, K]`.
 
@@ -179,7 +174,7 @@ def make_predict_step(normalize: Normalize) -> PredictStep:
     return predict_step
 
 
-def _sums(logits: jax.Array, batch: Batch) -> Sums:
+def _totals(logits: jax.Array, batch: Batch) -> Totals:
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), batch["label"]
     )

@@ -2,6 +2,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,29 @@ import numpy as np
 import pytest
 
 from jaxcells import Error
+from jaxcells.data.normalization import Normalization
 from jaxcells.training import checkpoints
+from jaxcells.training.checkpoints import CheckpointMeta
+from jaxcells.training.progress import Progress
 from tests.training.test_steps import assert_trees_equal, make_batch, tiny_state, train_step
 
-META = {"class_names": ["a", "b"], "epoch": {"loss": 0.1 + 0.2, "count": 3}, "note": None}
+
+def make_meta(step=0, **changed):
+    """What is saved beside a state, as a run would."""
+    values = {
+        "step": step,
+        "num_steps": 9,
+        "progress": Progress(totals={"loss": 0.1 + 0.2, "correct": 1, "count": 3}, epochs_s=[0.1]),
+        "normalization": Normalization("imagenet", (0.0,), (255.0,), (0.4,) * 3, (0.2,) * 3),
+        "seed": 0,
+        "batch_size": 8,
+        "class_names": ("a", "b"),
+        "manifest_sha256": "ab" * 32,
+        "model": {"name": "resnet18", "num_classes": 2, "width": 2},
+        "init": {"kind": "random", "source": None},
+        "images_by_split": {"train": ("01", "02"), "val": ()},
+    }
+    return CheckpointMeta(**(values | changed))
 
 
 def at_step(step, state=None):
@@ -21,7 +41,7 @@ def at_step(step, state=None):
 
 def save(directory, step, accuracy=None, loss=1.0):
     metrics = None if accuracy is None else {"balanced_accuracy": accuracy, "loss": loss}
-    checkpoints.save(directory, at_step(step), meta={"step": step}, metrics=metrics)
+    checkpoints.save(directory, at_step(step), make_meta(step), metrics)
 
 
 def trained(num_steps, state=None):
@@ -47,11 +67,11 @@ def flip_a_bit(path):
 def test_a_state_comes_back_bit_for_bit_and_goes_on_so(tmp_path):
     state = trained(3)
     assert np.any(state.opt_state[1].trace["fc"]["kernel"])
-    checkpoints.save(tmp_path, state, meta=META)
+    checkpoints.save(tmp_path, state, make_meta(3))
 
     target = jax.eval_shape(tiny_state)
     restored, meta = checkpoints.restore(tmp_path, target)
-    assert meta == META
+    assert meta == make_meta(3)
     assert_trees_equal(restored, state)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
     assert_trees_equal(trained(3, restored), trained(6))
@@ -62,7 +82,7 @@ def test_variables_are_restored_without_reading_the_optimiser(tmp_path):
     flip_a_bit(largest_file(tmp_path / "1" / "optimizer"))
     variables, meta = checkpoints.restore_variables(tmp_path)
     assert_trees_equal(variables, tiny_state().variables)
-    assert meta == {"step": 1}
+    assert meta == make_meta(1)
     with pytest.raises(Error, match="is damaged"):
         checkpoints.restore(tmp_path, tiny_state())
 
@@ -88,9 +108,9 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
         ([8, 9], 8),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["8", "9"]
-    assert checkpoints.restore(tmp_path, tiny_state(), "best")[1] == {"step": 8}
-    assert checkpoints.restore(tmp_path, tiny_state(), "latest")[1] == {"step": 9}
-    assert checkpoints.restore(tmp_path, tiny_state(), 9)[1] == {"step": 9}
+    assert checkpoints.restore(tmp_path, tiny_state(), "best")[1] == make_meta(8)
+    assert checkpoints.restore(tmp_path, tiny_state(), "latest")[1] == make_meta(9)
+    assert checkpoints.restore(tmp_path, tiny_state(), 9)[1] == make_meta(9)
 
 
 def test_of_equal_accuracies_the_lower_loss_is_best_and_then_the_later(tmp_path):
@@ -110,14 +130,10 @@ def test_without_any_validation_none_is_best(tmp_path):
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 3)
-    checkpoints.save(
-        tmp_path,
-        at_step(3),
-        meta={"n": 2},
-        metrics={"balanced_accuracy": np.float32(0.5), "loss": 1},
-    )
+    scores = {"balanced_accuracy": np.float32(0.5), "loss": 1}
+    checkpoints.save(tmp_path, at_step(3), make_meta(3, seed=2), scores)
     assert checkpoints.best_step(tmp_path) == 3
-    assert checkpoints.restore(tmp_path, tiny_state())[1] == {"n": 2}
+    assert checkpoints.restore(tmp_path, tiny_state())[1] == make_meta(3, seed=2)
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
@@ -145,7 +161,7 @@ def test_a_damaged_file_is_named(tmp_path, item, damage):
     ):
         checkpoints.restore(tmp_path, tiny_state())
     shutil.rmtree(tmp_path / "2")
-    assert checkpoints.restore(tmp_path, tiny_state())[1] == {"step": 1}
+    assert checkpoints.restore(tmp_path, tiny_state())[1] == make_meta(1)
 
 
 def test_what_is_not_whole_does_not_count_and_is_named_once(tmp_path, caplog):
@@ -164,7 +180,7 @@ def test_what_is_not_whole_does_not_count_and_is_named_once(tmp_path, caplog):
     ]
     for step in (7, 8):  # the resumed run gets there
         save(tmp_path, step)
-    assert checkpoints.restore(tmp_path, tiny_state())[1] == {"step": 8}
+    assert checkpoints.restore(tmp_path, tiny_state())[1] == make_meta(8)
 
 
 def test_an_interrupted_save_leaves_nothing_that_counts(tmp_path, monkeypatch):
@@ -173,7 +189,7 @@ def test_an_interrupted_save_leaves_nothing_that_counts(tmp_path, monkeypatch):
 
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_write_sums", interrupt)
+        patch.setattr(checkpoints, "_write_sha256sums", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
     assert len(list(tmp_path.iterdir())) == 2
@@ -207,7 +223,7 @@ def test_a_failed_write_is_reported_at_once_and_harms_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoints.list_steps(tmp_path) == [1]
-    assert checkpoints.restore(tmp_path, tiny_state())[1] == {"step": 1}
+    assert checkpoints.restore(tmp_path, tiny_state())[1] == make_meta(1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -215,7 +231,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, value):
     state = jax.tree.map(jnp.array, tiny_state())
     state.params["fc"]["bias"] = jnp.array([0, value, 0], jnp.float32)
     with pytest.raises(Error, match="params/fc/bias is not finite at step 0; try a lower"):
-        checkpoints.save(tmp_path, state, meta={})
+        checkpoints.save(tmp_path, state, make_meta())
     with pytest.raises(Error, match="validation loss is not finite at step 4"):
         save(tmp_path, 4, accuracy=0.5, loss=value)
     assert checkpoints.list_steps(tmp_path) == []
@@ -246,7 +262,7 @@ def test_the_checksums_are_those_of_sha256sum(tmp_path):
     assert {"variables/_METADATA", "optimizer/_METADATA", "record/metadata"} <= names
     assert all(re.fullmatch(r"[0-9a-f]{64}  \S+", line) for line in lines)
     content = json.loads((tmp_path / "1" / "record" / "metadata").read_text())
-    assert content == {"meta": {"step": 1}, "metrics": None}
+    assert content == {"meta": json.loads(json.dumps(asdict(make_meta(1)))), "metrics": None}
 
 
 def test_orbax_keeps_quiet_and_others_are_heard(tmp_path, caplog):

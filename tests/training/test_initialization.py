@@ -6,24 +6,26 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jaxcells.data.crop_writer import prepare_crop_set
 from safetensors.numpy import save_file
 
 from jaxcells import Error
-from jaxcells.data.crop_writer import prepare_crop_set
+from jaxcells.files import Workdir
 from jaxcells.models import create_model
 from jaxcells.models.fetch import WeightsUnavailableError
-from jaxcells.models.torch_format import to_torch
+from jaxcells.models.weights import to_torch
 from jaxcells.training import checkpoints, initialization
 from jaxcells.training.initialization import (
     Initialization,
     check_no_leak,
     find_initialization,
+    images_by_split,
     initialize,
-    seen_images,
 )
 from jaxcells.training.state import create_train_state
 from jaxcells.workflows.export import export_weights
 from tests.data.folders import textured, write_image
+from tests.training.test_checkpoints import make_meta
 
 
 def make_state(num_classes: int, seed: int = 0, *, name: str = "resnet18", channels: int = 3):
@@ -36,19 +38,12 @@ def make_state(num_classes: int, seed: int = 0, *, name: str = "resnet18", chann
 fresh_state = functools.cache(make_state)
 
 
-def save_run(workdir, state, class_names, *, manifest="ab" * 32, seen=None):
+def save_run(workdir, state, class_names, **changed):
     """A finished run, as far as starting from it goes."""
-    meta = {
-        "step": 0,
-        "class_names": class_names,
-        "normalization": {},
-        "manifest_sha256": manifest,
-        "model": {"name": "resnet18", "num_classes": len(class_names), "width": 2},
-        "init": {"kind": "random"},
-        "seen": seen or {"train": [], "val": []},
-    }
-    metrics = {"balanced_accuracy": 0.9, "loss": 0.3}
-    checkpoints.save(workdir / "checkpoints", state, meta=meta, metrics=metrics)
+    model = {"name": "resnet18", "num_classes": len(class_names), "width": 2}
+    nothing = {"images_by_split": {"train": (), "val": ()}}
+    meta = make_meta(class_names=tuple(class_names), model=model, **(nothing | changed))
+    checkpoints.save(workdir / "checkpoints", state, meta, {"balanced_accuracy": 0.9, "loss": 0.3})
 
 
 def start_from(path, state, class_names, **settings):
@@ -70,6 +65,8 @@ def offline(monkeypatch):
 
 
 def test_the_sample_goes_on_without_weights_loudly(offline, caplog):
+    with pytest.raises(WeightsUnavailableError):  # on anyone's own images
+        find_initialization("imagenet", "resnet34", random_if_missing=False)
     found = find_initialization("imagenet", "resnet34", random_if_missing=True)
     assert found.kind == "random"
     assert "RANDOM parameters instead of ImageNet's: cannot download resnet34" in found.warning
@@ -78,11 +75,6 @@ def test_the_sample_goes_on_without_weights_loudly(offline, caplog):
     assert started is state
     assert record["kind"] == "random"
     assert record["warning"] == found.warning
-
-
-def test_anyones_own_images_do_not(offline):
-    with pytest.raises(WeightsUnavailableError):
-        find_initialization("imagenet", "resnet34", random_if_missing=False)
 
 
 def test_a_file_gives_all_but_the_head(tmp_path):
@@ -121,7 +113,7 @@ def earlier(tmp_path_factory):
     state.params["fc"]["bias"] = np.array([1, 2, 3], np.float32)
     state.batch_stats["bn1"]["mean"] = np.array([4, 5], np.float32)
     save_run(workdir, state, ["A", "B", "C"])
-    export_weights(workdir)
+    export_weights(Workdir(workdir))
     return workdir, state
 
 
@@ -235,17 +227,27 @@ def trained(workdir, crop_set, init=None):
         workdir,
         fresh_state(2),
         list(crop_set.class_names),
-        manifest=crop_set.manifest_sha256,
-        seen=seen_images(crop_set, init or Initialization("random")),
+        manifest_sha256=crop_set.manifest_sha256,
+        images_by_split=images_by_split(crop_set, init or Initialization("random")),
     )
-    return [Initialization("run", workdir), Initialization("file", export_weights(workdir))]
+    return [
+        Initialization("run", workdir),
+        Initialization("file", export_weights(Workdir(workdir))),
+    ]
 
 
 def test_a_network_that_saw_what_is_held_out_is_refused(tmp_path, crops):
-    for init in trained(tmp_path / "run", crops(0)):
+    def images(crop_set, *splits):
+        return {record.source for record in crop_set.records if record.split in splits}
+
+    before, now = crops(0), crops(1)
+    leaked = images(before, "train") & images(now, "val", "test")
+    leaked |= images(before, "val") & images(now, "test")
+    message = rf"by {len(leaked)} images that are held out here, such as [AB] images/field"
+    for init in trained(tmp_path / "run", before):
         check_no_leak(init, crops(0))
-        with pytest.raises(Error, match=r"images that are held out here, such as [AB] images/fie"):
-            check_no_leak(init, crops(1))
+        with pytest.raises(Error, match=message):
+            check_no_leak(init, now)
         check_no_leak(init, crops(1, "other"))
         check_no_leak(dataclasses.replace(init, kind="random", path=None), crops(1))
 

@@ -81,5 +81,5 @@ def test_cosine_ends_at_zero():
 
 
 def test_an_unknown_schedule_is_refused_with_those_that_work():
-    with pytest.raises(Error, match=r"'linear'.*--config.optim.schedule=constant.*=cosine"):
+    with pytest.raises(Error, match=r"'linear'.*optim.schedule=constant.*=cosine"):
         make_schedule("linear", learning_rate=0.1, num_steps=1)

@@ -78,6 +78,14 @@ def assert_trees_equal(actual, expected):
         np.testing.assert_array_equal(a, e, err_msg=jax.tree_util.keystr(path))
 
 
+def assert_trees_close(actual, expected):
+    """For what two programs computed, which round differently."""
+    for (path, a), e in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, e, 1e-5, 1e-6, err_msg=jax.tree_util.keystr(path))
+
+
 def assert_is_step_zero(step):
     assert isinstance(step, jax.Array)
     assert (step.dtype, step.weak_type, int(step)) == (jnp.int32, False, 0)
@@ -173,7 +181,7 @@ def test_reported_loss_is_plain_cross_entropy_whatever_the_objective():
     plain, plain_sums = train_step(state, batch, key)
     weighted_step = make_train_step(normalize, label_smoothing=0.2, class_weights=(1, 2, 3))
     other, other_sums = jax.jit(weighted_step)(state, batch, key)
-    assert_trees_equal(other_sums, plain_sums)
+    assert_trees_close(other_sums, plain_sums)
     assert not np.array_equal(other.params["fc"]["bias"], plain.params["fc"]["bias"])
 
 
@@ -229,7 +237,7 @@ def test_a_padded_row_may_hold_anything():
     worst["image"] = worst["image"].astype(np.float32)
     worst["image"][4:] = np.nan
     worst["mask"][4:] = 0
-    assert_trees_equal(eval_step(state, worst), expected)
+    assert_trees_close(eval_step(state, worst), expected)
 
 
 def test_prediction_and_evaluation_need_no_optimiser():

@@ -1,9 +1,8 @@
-"""Whole runs of the command line on small folders, each in a process of its own."""
+"""Whole runs on small folders: one by the command line, one killed and resumed, others here."""
 
 import csv
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,17 +15,30 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxcells.files import lock_workdir
+from configs import demo
+from jaxcells import Error
+from jaxcells.evaluation.results import RunResults
+from jaxcells.files import Workdir, from_record, lock_workdir, read_json, write_json
+from jaxcells.models.fetch import WeightsUnavailableError
+from jaxcells.training import initialization
 from jaxcells.training.checkpoints import _read_arrays, best_step, list_steps
 from jaxcells.training.progress import read_metrics
+from jaxcells.workflows.evaluate import evaluate
+from jaxcells.workflows.prepare import prepare_crops
+from jaxcells.workflows.train import train_and_evaluate
 from tests.data.folders import textured, write_image
 
 REPOSITORY = Path(__file__).parents[2]
-OVERRIDES = [
-    *("--config.model.width=4", "--config.data.crop_size=32", "--config.data.crops_per_class=40"),
-    *("--config.data.split=28,6,6", "--config.train.batch_size=8", "--config.train.num_epochs=4"),
-    *("--config.optim.learning_rate=0.02", "--config.data.augment.dihedral=True"),
-]
+SETTINGS = {
+    "model.width": 4,
+    "data.crop_size": 32,
+    "data.crops_per_class": 40,
+    "data.split": (28, 6, 6),
+    "data.augment.dihedral": True,
+    "train.batch_size": 8,
+    "train.num_epochs": 4,
+    "optim.learning_rate": 0.02,
+}
 EPOCHS, STEPS_PER_EPOCH = 4, 7
 
 
@@ -43,86 +55,107 @@ def images(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_PLATFORMS": "cpu",
-    }
+def make_config(images, **changed):
+    """The config of the runs below; a key's dots are written as two underscores."""
+    config = demo.get_config()
+    changed = {key.replace("__", "."): value for key, value in changed.items()}
+    config.update_from_flattened_dict(SETTINGS | {"data.root": str(images)} | changed)
+    return config
 
 
-def command(images: Path, workdir: Path, *extra: str) -> list[str]:
-    return [
-        *(sys.executable, str(REPOSITORY / "launch.py")),
-        *("--config", str(REPOSITORY / "configs/demo.py"), "--workdir", str(workdir)),
-        *(f"--config.data.root={images}", *OVERRIDES, *extra),
-    ]
-
-
-def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, capture_output=True, text=True, env=environment, timeout=300, check=False
+def start(images: Path, workdir: Path) -> subprocess.Popen:
+    """The same by the command line, in a process of its own."""
+    flags = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "launch.py", "--config", "configs/demo.py"),
+            *(f"--workdir={workdir}", f"--config.data.root={images}", *flags),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            # What one of these processes compiled, the others need not compile again.
+            "JAX_COMPILATION_CACHE_DIR": str(images.with_name("compiled")),
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 @pytest.fixture(scope="module")
-def finished(images, environment, tmp_path_factory) -> Path:
+def finished(images, tmp_path_factory) -> Workdir:
     """The workdir of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("run") / "whole"
-    result = run(command(images, workdir), environment)
-    assert result.returncode == 0, result.stderr
-    (workdir / "terminal.txt").write_text(result.stdout + result.stderr)
+    workdir = Workdir(tmp_path_factory.mktemp("run") / "whole")
+    process = start(images, workdir.path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    (workdir.path / "terminal.txt").write_text(out + err)
     return workdir
 
 
-def last_state(workdir: Path) -> dict[str, np.ndarray]:
+def read_results(workdir: Workdir) -> RunResults:
+    return from_record(RunResults, read_json(workdir.results), workdir)
+
+
+def last_state(workdir: Workdir) -> dict[str, np.ndarray]:
     """Returns the last checkpoint's parameters, statistics, optimiser state and step by name."""
-    folder = workdir / "checkpoints" / str(list_steps(workdir / "checkpoints")[-1])
+    folder = workdir.checkpoints / str(list_steps(workdir.checkpoints)[-1])
     tree = {name: _read_arrays(folder, name) for name in ("variables", "optimizer")}
     return flatten_dict(tree, sep="/")
 
 
-def without_timings(records: list[dict]) -> list[dict]:
+def metrics(workdir: Workdir) -> list[dict]:
+    records = read_metrics(workdir.metrics)
     return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
 
 
-def test_a_run_leaves_everything_that_the_design_promises(finished, images):
-    results = json.loads((finished / "results.json").read_text())
-    for name in ("test", "validation"):
-        figures = results[name]
-        assert set(figures) >= {
-            *("accuracy", "balanced_accuracy", "loss", "per_class", "confusion_matrix"),
-            *("interval_95", "num_crops", "num_fields"),
-        }
-        assert figures["num_crops"] == np.sum(figures["confusion_matrix"]) == 12
-        low, high = figures["interval_95"]["accuracy"]
-        assert low <= figures["accuracy"] <= high
-    assert results["test"]["opened"] == 1
-    assert results["init"]["kind"] == "random"
-    assert results["data"]["split_by"] == "field"
-    assert results["data"]["classes"] == ["coarse", "fine"]
-    assert results["data"]["crops_per_class"]["train"] == {"coarse": 28, "fine": 28}
-    assert set(results["timing"]) >= {
-        *("crop_s", "compile_s", "train_s", "evaluate_s", "total_s"),
-        *("train_images_per_second", "eval_images_per_second"),
+def history(workdir: Workdir) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in workdir.history.read_text().splitlines()]
+    return [(line["verb"], line["split"]) for line in lines]
+
+
+def test_a_run_leaves_everything_that_the_design_promises(finished):
+    results = read_results(finished)
+    for figures in (results.test, results.validation):
+        assert figures.num_crops == np.sum(figures.confusion_matrix) == 12
+        low, high = figures.interval_95["accuracy"]
+        assert low <= figures.accuracy <= high
+    assert results.test_opened == 1
+    assert results.init["kind"] == "random"
+    assert set(results.data) == {
+        *("source", "root", "split_by", "classes", "crops_per_class", "fields_per_class"),
+        *("image", "normalization", "notes", "audit"),
     }
-    assert results["num_steps"] == EPOCHS * STEPS_PER_EPOCH
-    assert results["best_step"] == best_step(finished / "checkpoints")
-    assert results["environment"]["dependencies"]["jax"] == jax.__version__
-    assert results["environment"]["devices"]["platform"] == "cpu"
-    assert 0 <= results["baseline"]["test_accuracy"] <= 1
-    for name in ("config.json", "environment.json", "curves.png", "confusion.png", "crops.png"):
-        assert (finished / name).stat().st_size > 0
-    assert list((finished / "tensorboard").iterdir())
-    assert len(list_steps(finished / "checkpoints")) in (2, 3)
-    history = [json.loads(x) for x in (finished / "history.jsonl").read_text().splitlines()]
-    assert [(line["verb"], line["split"]) for line in history] == [("train", "test")]
+    assert results.data["split_by"] == "field"
+    assert results.data["classes"] == ["coarse", "fine"]
+    assert results.data["crops_per_class"]["train"] == {"coarse": 28, "fine": 28}
+    assert results.data["fields_per_class"]["train"].keys() == {"coarse", "fine"}
+    assert results.data["image"] == {"shape": [32, 32, 1], "dtype": "uint8"}
+    assert results.data["normalization"]["kind"] == "imagenet"
+    timing = results.timing
+    parts = (timing.crop_s, timing.compile_s, timing.train_s, timing.validate_s)
+    assert 0 < sum(parts) + timing.checkpoint_s + timing.evaluate_s < timing.total_s
+    assert timing.features_s == 0
+    assert timing.train_images_per_second == pytest.approx(EPOCHS * 56 / timing.train_s)
+    assert timing.eval_images_per_second == pytest.approx(24 / timing.evaluate_s)
+    assert results.memory["train_step_bytes"] > 100_000
+    assert results.num_steps == EPOCHS * STEPS_PER_EPOCH
+    assert results.best_step == best_step(finished.checkpoints)
+    assert results.environment["dependencies"]["jax"] == jax.__version__
+    assert results.environment["devices"]["platform"] == "cpu"
+    assert 0 <= results.baseline.test_accuracy <= 1
+    for path in (finished.config, *map(finished.figure, ("curves", "confusion", "crops"))):
+        assert path.stat().st_size > 0
+    assert list(finished.tensorboard.iterdir())
+    assert len(list_steps(finished.checkpoints)) in (2, 3)
+    assert history(finished)[0] == ("train", "test")
 
 
 def test_predictions_agree_with_the_figures(finished):
-    results = json.loads((finished / "results.json").read_text())
-    with open(finished / "predictions_test.csv", newline="") as file:
+    with open(finished.predictions("test"), newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
     for row in rows:
@@ -131,11 +164,11 @@ def test_predictions_agree_with_the_figures(finished):
         assert row["prediction"] == max(probabilities, key=probabilities.__getitem__)
         assert row["path"].startswith(f"test/{row['label']}/")
     accuracy = np.mean([row["label"] == row["prediction"] for row in rows])
-    assert accuracy == pytest.approx(results["test"]["accuracy"])
+    assert accuracy == pytest.approx(read_results(finished).test.accuracy)
 
 
 def test_metrics_have_a_record_per_epoch_and_split(finished):
-    records = read_metrics(finished / "metrics.jsonl")
+    records = read_metrics(finished.metrics)
     assert [(r["step"], r["epoch"], r["split"]) for r in records] == [
         (STEPS_PER_EPOCH * epoch, epoch, split)
         for epoch in range(1, EPOCHS + 1)
@@ -153,156 +186,134 @@ def test_metrics_have_a_record_per_epoch_and_split(finished):
 
 
 def test_the_terminal_tells_what_matters(finished):
-    text = (finished / "terminal.txt").read_text()
-    assert "running on the CPU" in text
-    assert "steps left" in text
-    assert "audit passed" in text
-    assert "epoch 4/4" in text
-    assert "balanced accuracy" in text.lower()
+    text = (finished.path / "terminal.txt").read_text()
+    for part in ("running on the CPU", "for the next 23 steps", "audit passed", "epoch 4/4"):
+        assert part in text
+    assert "balanced accuracy" in text
     assert "orbax" not in text.lower()
 
 
-def test_a_finished_run_says_so(finished, images, environment):
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix != ".lock"}
-    result = run(command(images, finished), environment)
-    assert result.returncode == 0
-    assert "this run is finished" in result.stderr
-    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix != ".lock"} == before
-
-
-def test_a_finished_run_has_no_answer_for_other_images(finished, environment, tmp_path):
+def test_a_finished_run_says_so_and_refuses_other_images(
+    finished, images, tmp_path, caplog, capsys
+):
+    caplog.set_level("INFO", "jaxcells")
+    before = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.suffix != ".lock"}
+    results = train_and_evaluate(make_config(images), finished)
+    assert results == read_results(finished)
+    assert "this run is finished" in caplog.text
+    assert f"step {results.best_step}" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in finished.path.rglob("*") if p.suffix != ".lock"}
+    assert after == before
     for label in ("coarse", "fine"):
         for number in range(18):
             write_image(tmp_path / label / f"field{number}.png", textured(64, 64, 1000 + number))
-    result = run(command(tmp_path, finished), environment)
-    assert result.returncode == 2
-    assert "not the images that" in result.stderr
+    with pytest.raises(Error, match="not the images that"):
+        train_and_evaluate(make_config(tmp_path), finished)
 
 
-def test_a_changed_config_is_refused_with_its_keys(finished, images, environment):
-    result = run(command(images, finished, "--config.train.num_epochs=9"), environment)
-    assert result.returncode == 2
-    assert "train.num_epochs was 4, now 9" in result.stderr
+def test_a_changed_config_or_a_busy_workdir_is_refused(finished, images):
+    with pytest.raises(Error, match=r"train\.num_epochs was 4, now 9.*choose another workdir"):
+        train_and_evaluate(make_config(images, train__num_epochs=9), finished)
+    with lock_workdir(finished.path), pytest.raises(Error, match="another process is working"):
+        train_and_evaluate(make_config(images), finished)
 
 
-def start(images: Path, workdir: Path, environment: dict[str, str]) -> subprocess.Popen:
-    with open(workdir.with_suffix(".txt"), "a") as terminal:
-        return subprocess.Popen(command(images, workdir), env=environment, stderr=terminal)
-
-
-def latest_step(workdir: Path) -> int:
-    return max(list_steps(workdir / "checkpoints"), default=0)
-
-
-def wait_for_checkpoint(process: subprocess.Popen, workdir: Path, after: int) -> None:
-    """Waits until a step past `after` is saved, then a little: anywhere in what follows."""
+def wait_for_checkpoint(process: subprocess.Popen, workdir: Workdir, after: int) -> int:
+    """Waits until a step past `after` is saved."""
     deadline = time.monotonic() + 240
-    while latest_step(workdir) <= after:
-        assert process.poll() is None, workdir.with_suffix(".txt").read_text()
+    while (step := max(list_steps(workdir.checkpoints), default=0)) <= after:
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(random.SystemRandom().uniform(0, 0.2))
+    return step
 
 
-def test_killed_and_resumed_is_bit_identical(finished, images, environment, tmp_path):
-    workdir = tmp_path / "interrupted"
-    process = start(images, workdir, environment)
+def test_killed_and_resumed_is_bit_identical(finished, images, tmp_path):
+    workdir = Workdir(tmp_path / "interrupted")
+    process = start(images, workdir.path)
     wait_for_checkpoint(process, workdir, after=0)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.communicate()
 
-    before = latest_step(workdir)
-    process = start(images, workdir, environment)
+    before = max(list_steps(workdir.checkpoints))
+    process = start(images, workdir.path)
     wait_for_checkpoint(process, workdir, after=before)
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     asked = time.monotonic()
-    exit_code = process.wait(timeout=60)
-    terminal = workdir.with_suffix(".txt").read_text()
+    _, terminal = process.communicate(timeout=60)
     assert f"resuming at step {before} of" in terminal
-    if exit_code == 128 + signal.SIGTERM:
+    if process.returncode == 128 + signal.SIGTERM:
         assert "the same command resumes there" in terminal
         assert time.monotonic() - asked < 20
     else:  # training was over before it was asked
-        assert exit_code in (0, -signal.SIGTERM)
-        assert latest_step(workdir) == EPOCHS * STEPS_PER_EPOCH
+        assert process.returncode in (0, -signal.SIGTERM)
+        assert max(list_steps(workdir.checkpoints)) == EPOCHS * STEPS_PER_EPOCH
 
-    result = run(command(images, workdir), environment)
-    assert result.returncode == 0, result.stderr
+    process = start(images, workdir.path)
+    _, terminal = process.communicate(timeout=300)
+    assert process.returncode == 0, terminal
     whole, resumed = last_state(finished), last_state(workdir)
     assert whole.keys() == resumed.keys()
     assert len(whole) > 100
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
-    assert without_timings(read_metrics(workdir / "metrics.jsonl")) == without_timings(
-        read_metrics(finished / "metrics.jsonl")
-    )
-    results = [json.loads((w / "results.json").read_text()) for w in (finished, workdir)]
-    assert results[0]["test"] == results[1]["test"]
-    assert (workdir / "predictions_test.csv").read_text() == (
-        finished / "predictions_test.csv"
-    ).read_text()
+    assert metrics(workdir) == metrics(finished)
+    assert read_results(workdir).test == read_results(finished).test
+    assert workdir.predictions("test").read_text() == finished.predictions("test").read_text()
 
 
-def test_a_second_process_on_one_workdir_is_refused(images, environment, tmp_path):
-    with lock_workdir(tmp_path / "busy"):
-        result = run(command(images, tmp_path / "busy"), environment)
-    assert result.returncode == 2
-    assert "another process is working there" in result.stderr
+def test_missing_weights_stop_a_run_on_anyones_own_images(images, tmp_path, monkeypatch):
+    def fetch(name):
+        raise WeightsUnavailableError(f"cannot download {name}")
+
+    monkeypatch.setattr(initialization, "fetch_imagenet", fetch)
+    config, workdir = make_config(images, init="imagenet"), Workdir(tmp_path)
+    # A checkpoint whose copying stopped half way is none to go on from.
+    (workdir.checkpoints / "7").mkdir(parents=True)
+    write_json(workdir.config, config.to_dict())
+    with pytest.raises(WeightsUnavailableError):
+        train_and_evaluate(config, workdir)
+    assert not workdir.crops.exists()
 
 
-def test_missing_weights_stop_a_run_on_anyones_own_images(images, environment, tmp_path):
-    offline = {**environment, "JAXCELLS_CACHE": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-    arguments = command(
-        images, tmp_path / "run", "--config.init=imagenet", "--config.model.width=64"
-    )
-    result = run(arguments, offline)
-    assert result.returncode == 2
-    assert "--config.init=random" in result.stderr
-    assert not (tmp_path / "run" / "crops").exists()
-
-
-def test_a_run_can_begin_from_an_earlier_one(finished, images, environment, tmp_path):
-    workdir = tmp_path / "second"
-    extra = [f"--config.init={finished}", "--config.train.num_epochs=1"]
+def test_a_run_can_begin_from_an_earlier_one(finished, images, tmp_path):
+    config = make_config(images, init=str(finished), train__num_epochs=1)
+    results = train_and_evaluate(config, Workdir(tmp_path / "second"))
+    assert results.init["kind"] == "run"
+    assert results.init["source"] == str(finished)
     # Another seed is another split: what that run was trained on would now be test data.
-    result = run(command(images, tmp_path / "leak", *extra, "--config.seed=1"), environment)
-    assert result.returncode == 2
-    assert "images that are held out here" in result.stderr
-    result = run(command(images, workdir, *extra), environment)
-    assert result.returncode == 0, result.stderr
-    init = json.loads((workdir / "results.json").read_text())["init"]
-    assert init["kind"] == "run"
-    assert init["source"] == str(finished)
+    with pytest.raises(Error, match="images that are held out here"):
+        train_and_evaluate(
+            make_config(images, init=str(finished), seed=1), Workdir(tmp_path / "leak")
+        )
 
 
-def test_other_crops_than_a_run_was_trained_on_are_refused(finished, images, environment, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished, workdir)
-    for name in ("crops", "arrays"):
-        shutil.rmtree(workdir / name)
-    crop = [*command(images, workdir, "--config.seed=1"), "crop"]
-    assert run(crop, environment).returncode == 0
-    launch = [sys.executable, str(REPOSITORY / "launch.py"), "evaluate", "--workdir", str(workdir)]
-    result = run(launch, environment)
-    assert result.returncode == 2
-    assert "were trained on other crops" in result.stderr
+def test_other_crops_than_a_run_was_trained_on_are_refused(finished, images, tmp_path):
+    workdir = Workdir(tmp_path / "copy")
+    shutil.copytree(finished.path, workdir.path)
+    for folder in (workdir.crops, workdir.arrays):
+        shutil.rmtree(folder)
+    prepare_crops(make_config(images, seed=1), workdir)
+    with pytest.raises(Error, match="were trained on other crops"):
+        evaluate(workdir, split="val", which="best")
 
 
-def test_evaluate_gives_the_figures_of_the_run_and_keeps_count(finished, environment):
-    launch = [sys.executable, str(REPOSITORY / "launch.py"), "evaluate", "--workdir", str(finished)]
-    result = run([*launch, "--split=test"], environment)
-    assert result.returncode == 0, result.stderr
-    results = json.loads((finished / "results.json").read_text())
-    again = json.loads((finished / f"evaluation_test_step{results['best_step']}.json").read_text())
-    for key in ("accuracy", "loss", "confusion_matrix", "interval_95"):
-        assert again[key] == results["test"][key]
-    assert "has now been opened 2 times" in result.stderr
-    history = (finished / "history.jsonl").read_text().splitlines()
-    assert json.loads(history[-1])["verb"] == "evaluate"
+def test_evaluate_gives_the_figures_of_the_run_and_keeps_count(finished, caplog):
+    caplog.set_level("INFO", "jaxcells")
+    results = read_results(finished)
+    opened = history(finished).count(("evaluate", "test"))
+    assert evaluate(finished, split="test", which="best") == results.test
+    written = read_json(finished.evaluation(f"test_step{results.best_step}"))
+    assert written["accuracy"] == results.test.accuracy
+    assert written["checkpoint"] == results.best_step
+    assert f"has now been opened {opened + 2} times" in caplog.text
+    assert history(finished)[-1] == ("evaluate", "test")
 
-    assert run([*launch, "--checkpoint=latest"], environment).returncode == 0
-    assert (finished / f"evaluation_val_step{EPOCHS * STEPS_PER_EPOCH}.json").exists()
-    wrong = run([*launch, "--split=dev"], environment)
-    assert wrong.returncode == 2
-    assert "use one of train, val, test" in wrong.stderr
-    assert run([*launch, "--checkpoint=12345"], environment).returncode == 2
+    last = EPOCHS * STEPS_PER_EPOCH
+    assert evaluate(finished, split="val", which="latest").num_crops == 12
+    assert finished.evaluation(f"val_step{last}").exists()
+    assert finished.predictions(f"val_step{last}").exists()
+    with pytest.raises(Error, match="use one of train, val, test"):
+        evaluate(finished, split="dev", which="best")
+    with pytest.raises(Error, match="no checkpoint of step 12345"):
+        evaluate(finished, split="val", which=12345)

@@ -1,0 +1,102 @@
+"""The results of a run: what results.json holds, by `dataclasses.asdict`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxcells.evaluation.metrics import SplitMetrics, summary_table
+from jaxcells.text import duration
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What a classifier reaches on the test split that sees far less than the network."""
+
+    description: str
+    test_accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of the whole run, resumed or not, and images per second.
+
+    Attributes:
+      crop_s: of crops, arrays and audit.
+      compile_s: of compilation.
+      features_s: of computing what the frozen start of the network makes of the crops.
+      train_s: of training.
+      typical_train_s: of training on an idle machine, see `Progress.typical_train_s`.
+      validate_s: of validation.
+      checkpoint_s: of saving.
+      evaluate_s: of the final evaluation of both splits.
+      total_s: of everything.
+      train_images_per_second: over all epochs.
+      eval_images_per_second: in the final evaluation.
+    """
+
+    crop_s: float
+    compile_s: float
+    features_s: float
+    train_s: float
+    typical_train_s: float
+    validate_s: float
+    checkpoint_s: float
+    evaluate_s: float
+    total_s: float
+    train_images_per_second: float
+    eval_images_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResults:
+    """What is known of a finished run.
+
+    Attributes:
+      validation: figures of the validation split, by which the best checkpoint was chosen.
+      test: figures of the test split.
+      test_opened: how often the test split of this workdir had been opened then.
+      baseline: what the figures must beat.
+      init: where the first parameters came from, see `initialization.initialize`.
+      data: the images, crops and split, and what the audit found.
+      timing: seconds.
+      memory: {"train_step_bytes": of each device, by the compiler's account}.
+      best_step: of the checkpoint that was evaluated.
+      num_steps: of the run.
+      num_epochs: of the run.
+      model: arguments of `create_model`.
+      environment: versions and devices.
+    """
+
+    validation: SplitMetrics
+    test: SplitMetrics
+    test_opened: int
+    baseline: Baseline
+    init: Mapping[str, Any]
+    data: Mapping[str, Any]
+    timing: Timing
+    memory: Mapping[str, int]
+    best_step: int
+    num_steps: int
+    num_epochs: int
+    model: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    def summary(self) -> str:
+        """Returns the table and the lines that the terminal shows at the end of a run."""
+        timing, baseline = self.timing, self.baseline.test_accuracy
+        lines = [
+            summary_table(self.test, f"test split, best checkpoint (step {self.best_step})"),
+            f"validation accuracy {self.validation.accuracy:.3f}; brightness and contrast of "
+            f"the crops alone reach {baseline:.3f} on the test split",
+            f"trained {self.num_epochs} epochs in {duration(timing.train_s)} at "
+            f"{timing.train_images_per_second:.1f} images/s; everything took "
+            f"{duration(timing.total_s)}",
+        ]
+        if self.test.accuracy <= baseline:
+            lines.append(
+                "WARNING: the network does no better than brightness and contrast of the crops "
+                "alone"
+            )
+        if "warning" in self.init:
+            lines.append(f"WARNING: {self.init['warning']}")
+        return "\n".join(lines)

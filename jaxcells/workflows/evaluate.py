@@ -1,0 +1,57 @@
+"""The verb `evaluate`: figures of a trained workdir on one split."""
+
+import contextlib
+import dataclasses
+import logging
+
+from jaxcells.data.arrays import open_arrays
+from jaxcells.data.crop_set import open_crop_set, verify_pixels
+from jaxcells.data.fields import SPLITS
+from jaxcells.evaluation import predict
+from jaxcells.evaluation.metrics import SplitMetrics, summary_table
+from jaxcells.files import Error, Workdir, lock_workdir, write_json
+from jaxcells.training.checkpoints import Which
+from jaxcells.training.loop import check_crops
+
+logger = logging.getLogger("jaxcells")
+
+
+def evaluate(workdir: Workdir, *, split: str, which: Which) -> SplitMetrics:
+    """Evaluates a checkpoint of a workdir on one split; opening "test" is written to its history.
+
+    Writes evaluation_<split>_step<N>.json and predictions_<split>_step<N>.csv.
+
+    Args:
+      workdir: of a run.
+      split: "train", "val" or "test".
+      which: a step, "latest" or "best".
+
+    Returns:
+      The split's figures, as in results.json.
+
+    Raises:
+      Error: not a workdir, no such checkpoint or split, or crops that changed.
+    """
+    if split not in SPLITS:
+        raise Error(f"split={split}: there is no such split; use one of {', '.join(SPLITS)}")
+    network = predict.load_network(workdir, which)
+    meta = network.meta
+    crop_set = open_crop_set(workdir.crops)
+    check_crops(meta, crop_set, workdir)
+    verify_pixels(crop_set)
+    # Reading is safe beside a training, writing is not.
+    with contextlib.nullcontext() if workdir.arrays.is_dir() else lock_workdir(workdir.path):
+        arrays = open_arrays(crop_set, workdir.arrays)[split]
+    opened = predict.write_history(workdir, "evaluate", split, meta.step)
+    if split == "test":
+        logger.info("the test split of this run has now been opened %d times", opened)
+    probabilities, metrics, seconds = predict.evaluate_split(network, arrays)
+    name = f"{split}_step{meta.step}"
+    more = {"checkpoint": meta.step, "evaluate_s": seconds["evaluate_s"]}
+    write_json(workdir.evaluation(name), dataclasses.asdict(metrics) | more)
+    predict.write_predictions(
+        workdir.predictions(name), arrays.records, probabilities, meta.class_names
+    )
+    print(summary_table(metrics, f"{split} split, checkpoint of step {meta.step}"))
+    logger.info("written to %s", workdir.evaluation(name))
+    return metrics
