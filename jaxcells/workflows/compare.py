@@ -189,7 +189,7 @@ def _choose(
         if dataclasses.replace(first, tested_before_choice=()) == choice:
             return first
     runs = {label: Workdir(workdir.experiments / label) for label in trained}
-    tested = tuple(label for label, run in runs.items() if predict.has_opened(run, "test"))
+    tested = tuple(label for label, run in runs.items() if predict.times_opened(run, "test"))
     choice = dataclasses.replace(choice, tested_before_choice=tested)
     if mesh.is_primary():
         path.parent.mkdir(exist_ok=True)

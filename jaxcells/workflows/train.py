@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcells.config import data_source, differences, parse_multipliers
+from jaxcells.data.normalization import Normalization
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import mean_std_baseline
@@ -25,7 +26,7 @@ from jaxcells.training.initialization import Initialization, check_no_leak, find
 from jaxcells.training.loop import train
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.recipe import Recipe
-from jaxcells.workflows.prepare import PreparedData, prepare_crops, prepare_data
+from jaxcells.workflows.prepare import PreparedData, check_place, prepare_crops, prepare_data
 
 logger = logging.getLogger("jaxcells")
 
@@ -43,6 +44,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
       Error: anything a user can mend.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
+    check_place(config, workdir)
     # Of several processes the first one keeps the workdir for all.
     with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
         check_config(config, workdir)
@@ -201,16 +203,13 @@ def open_test_split(
             mean_std_baseline(train.images, train.labels, test.images, test.labels),
         ),
         init=meta.init,
-        data=_describe_data(config, data)
-        | {"normalization": dataclasses.asdict(meta.normalization)},
+        data=_describe_data(config, data, meta.normalization),
         timing=Timing(
             crop_s=progress.prepare_s,
             compile_s=progress.compile_s + val_seconds["compile_s"] + test_seconds["compile_s"],
             features_s=progress.features_s,
             train_s=progress.train_s,
             typical_train_s=progress.typical_train_s(config.optim.freeze_epochs),
-            validate_s=progress.validate_s,
-            checkpoint_s=progress.checkpoint_s,
             evaluate_s=evaluate_s,
             total_s=progress.total_s + time.monotonic() - start,
             train_images_per_second=progress.images / progress.train_s,
@@ -240,27 +239,21 @@ def open_test_split(
     return results
 
 
-def _describe_data(config: ConfigDict, data: PreparedData) -> dict[str, Any]:
-    crop_set, audit, images = data.crop_set, data.audit, data.arrays["train"].images
-
-    def per_class(what: str) -> dict[str, dict[str, int]]:
-        return {
-            split: {name: count[what] for name, count in counts.items()}
-            for split, counts in audit.counts.items()
-        }
-
+def _describe_data(
+    config: ConfigDict, data: PreparedData, normalization: Normalization
+) -> dict[str, Any]:
+    crop_set, images = data.crop_set, data.arrays["train"].images
     return {
         "source": data_source(config),
         "root": config.data.root,
         "split_by": "as found" if crop_set.came_split else config.data.split_by,
         "classes": list(crop_set.class_names),
-        "crops_per_class": per_class("crops"),
-        "fields_per_class": per_class("fields"),
-        "image": {"shape": list(images.shape[1:]), "dtype": images.dtype.name},
-        "notes": list(crop_set.notes),
-        "audit": {
-            "errors": list(audit.errors),
-            "warnings": list(audit.warnings),
-            "shared_pixels": dict(audit.shared_pixels),
+        "crops_per_class": {
+            split: {name: count["crops"] for name, count in counts.items()}
+            for split, counts in data.audit.counts.items()
         },
+        "image": {"shape": list(images.shape[1:]), "dtype": images.dtype.name},
+        "normalization": dataclasses.asdict(normalization),
+        "notes": list(crop_set.notes),
+        "audit": dataclasses.asdict(data.audit),
     }
