@@ -98,11 +98,22 @@ def predict_split(
 
 
 def evaluate_split(
-    network: TrainedNetwork, split: SplitArrays
-) -> tuple[np.ndarray, SplitMetrics, dict[str, float]]:
-    """Returns what `predict_split` does, and the figures with intervals over independent fields."""
+    network: TrainedNetwork, split: SplitArrays, path: Path
+) -> tuple[SplitMetrics, dict[str, float]]:
+    """Predicts a split, writes its predictions, and compares them with the labels.
+
+    Args:
+      network: the network.
+      split: its pixels and labels.
+      path: of the predictions.
+
+    Returns:
+      The figures, with intervals over independent fields; and seconds as of `predict_split`.
+    """
     meta = network.meta
     probabilities, seconds = predict_split(network, split, meta.batch_size)
+    if mesh.is_primary():
+        write_predictions(path, split.records, probabilities, meta.class_names)
     metrics = classification_metrics(
         probabilities,
         split.labels,
@@ -110,7 +121,7 @@ def evaluate_split(
         groups=split.groups,
         seed=meta.seed,
     )
-    return probabilities, metrics, seconds
+    return metrics, seconds
 
 
 def write_predictions(

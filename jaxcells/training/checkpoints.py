@@ -45,12 +45,8 @@ _UNFINISHED = ".unfinished-"
 logger = logging.getLogger("jaxcells")
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in PurePath(record.pathname).parts
-
-
 # Through absl, Orbax reports every small thing that it does. What goes wrong, it raises.
-logging.getLogger("absl").addFilter(_not_from_orbax)
+logging.getLogger("absl").addFilter(lambda r: "orbax" not in PurePath(r.pathname).parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,6 @@ import jax
 import numpy as np
 
 from jaxcells.data.arrays import create_array
-from jaxcells.files import Error
 from jaxcells.training import mesh
 from jaxcells.training.augment import NUM_SYMMETRIES, apply_symmetries
 from jaxcells.training.freeze import frozen_prefix
@@ -64,12 +63,11 @@ def make_inputs(
     variables: Mapping[str, Any],
     crops: Inputs,
     recipe: Recipe,
-    freeze: tuple[str, ...],
     num_epochs: int,
     directory: Path,
     *,
     before: bool | None = None,
-    check_stop: Callable[[], None],
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Inputs:
     """Chooses between crops and features, computes the latter, and says so in a line.
 
@@ -82,76 +80,34 @@ def make_inputs(
       variables: its parameters and statistics, on the devices.
       crops: what to run on otherwise.
       recipe: of the run.
-      freeze: regular expressions over the paths of the parameters that are frozen now.
-      num_epochs: for how many epochs they are, those before a resumed run was stopped included.
-      directory: where features are kept.
-      before: whether a resumed run had features for these epochs; None if it begins them.
-      check_stop: called between batches of computing features; may raise.
+      num_epochs: for how many epochs `recipe.freeze` is frozen, those before a resumed run was
+        stopped included.
+      directory: where features are kept, memory-mapped, in the dtype of the computation.
+      before: whether a resumed run had features; None if it begins.
+      check_stop: called before every batch of computing features; may raise.
 
     Raises:
-      Error: a resumed run had features, and the disk has no room for them now.
+      OSError: a resumed run had features, and the disk has no room for them now.
     """
-    num_segments = frozen_prefix(model.segments, variables["params"], freeze)
+    num_segments = frozen_prefix(model.segments, variables["params"], recipe.freeze)
     if not num_segments:
         return crops
-    features, why_not = None, "the disk has no room"
+    names = [name for segment in model.segments[:num_segments] for name in segment]
+    frozen = f"{names[0]} to {names[-1]} are frozen"
+
+    def keep_crops(why: str) -> Inputs:
+        logger.info("%s, and computed in every step: %s", frozen, why)
+        return crops
+
     if recipe.intensity:
-        why_not = "brightness changes at random"
-    elif recipe.dihedral and num_epochs < NUM_SYMMETRIES:
-        why_not = (
+        return keep_crops("brightness changes at random")
+    if recipe.dihedral and num_epochs < NUM_SYMMETRIES:
+        return keep_crops(
             f"the {NUM_SYMMETRIES} symmetries of every crop would take longer than "
             f"{num_epochs} epochs"
         )
-    elif before is not False:
-        features = compute_features(
-            *(model, variables, num_segments, crops, directory),
-            symmetries=recipe.dihedral,
-            batch_size=recipe.batch_size,
-            check_stop=check_stop,
-        )
-    frozen = f"{model.segments[0][0]} to {model.segments[num_segments - 1][-1]} are frozen"
-    if features is not None:
-        size = (features.train.nbytes + features.val.nbytes) / 1e6
-        logger.info("%s: what they make of every crop is computed once (%.0f MB)", frozen, size)
-        return features
-    if before:
-        raise Error(
-            f"{directory}: {frozen}, and the disk has no room for what they make of the crops, "
-            "which this run began with; free some, and run the same command again"
-        )
-    logger.info("%s, and computed in every step: %s", frozen, why_not)
-    return crops
-
-
-def compute_features(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    num_segments: int,
-    crops: Inputs,
-    directory: Path,
-    *,
-    symmetries: bool,
-    batch_size: int,
-    check_stop: Callable[[], None] = lambda: None,
-) -> Inputs | None:
-    """Computes the output of the first segments for every image.
-
-    Args:
-      model: the network.
-      variables: its parameters and statistics, on the devices.
-      num_segments: how many segments to run, in evaluation mode.
-      crops: the images.
-      directory: where the features are kept; emptied first.
-      symmetries: whether to run all eight symmetries of every training image, see
-        `augment.apply_symmetries`.
-      batch_size: images at a time, over all devices.
-      check_stop: called before every batch; may raise.
-
-    Returns:
-      The features, memory-mapped, in the dtype of the computation. None where the disk has no room.
-    """
     devices = mesh.make_mesh()
-    rows = mesh.local_rows(batch_size, devices)
+    batch_size, rows = recipe.batch_size, mesh.local_rows(recipe.batch_size, devices)
 
     def forward(variables: Any, batch: Any) -> Any:
         inputs = apply_symmetries(crops.normalize(batch["image"]), batch["symmetry"])
@@ -165,17 +121,21 @@ def compute_features(
 
     example = make_batch(crops.train, 0)
     feature = jax.eval_shape(forward, variables, example)
-    num_train, num_val = len(crops.train) * (NUM_SYMMETRIES if symmetries else 1), len(crops.val)
-    size = (num_train + num_val) * math.prod(feature.shape[1:]) * feature.dtype.itemsize
-    if not mesh.of_primary(not mesh.is_primary() or _make_room(directory, size)):
-        return None
+    repeats = NUM_SYMMETRIES if recipe.dihedral else 1
+    num_rows = repeats * len(crops.train) + len(crops.val)
+    size = num_rows * math.prod(feature.shape[1:]) * feature.dtype.itemsize
+    has_room = mesh.of_primary(not mesh.is_primary() or _make_room(directory, size))
+    if not (has_room if before is None else before):
+        return keep_crops("the disk has no room, or had none when this run began")
+    logger.info("%s: what they make of every crop is computed once (%.0f MB)", frozen, size / 1e6)
     began = time.monotonic()
     step = mesh.jit_step(forward, devices).lower(variables, example).compile()
     compiled = time.monotonic()
     # NumPy's file format knows no bfloat16.
     bits = np.dtype(f"u{feature.dtype.itemsize}")
 
-    def compute(path: Path, images: np.ndarray, num_rows: int) -> np.ndarray:
+    def compute(path: Path, images: np.ndarray, repeats: int) -> np.ndarray:
+        num_rows = repeats * len(images)
         if mesh.is_primary():
             file = create_array(path, (num_rows, *feature.shape[1:]), bits)
         for first in range(0, num_rows, batch_size):
@@ -188,10 +148,10 @@ def compute_features(
         mesh.wait_for_all("features computed")
         return np.load(path, mmap_mode="r").view(feature.dtype)
 
-    train = compute(directory / "train.npy", crops.train, num_train)
-    val = compute(directory / "val.npy", crops.val, num_val)
+    train = compute(directory / "train.npy", crops.train, repeats)
+    val = compute(directory / "val.npy", crops.val, 1)
     seconds = time.monotonic() - compiled, compiled - began
-    return Inputs(train, val, lambda features: features, num_segments, symmetries, *seconds)
+    return Inputs(train, val, lambda features: features, num_segments, recipe.dihedral, *seconds)
 
 
 @contextlib.contextmanager
@@ -207,7 +167,5 @@ def discarded_at_the_end(directory: Path) -> Iterator[None]:
 def _make_room(directory: Path, size: int) -> bool:
     shutil.rmtree(directory, ignore_errors=True)  # of a killed run
     directory.mkdir(parents=True)
-    free = shutil.disk_usage(directory).free
-    logger.info("%.0f MB of features for %.0f MB of free disk", size / 1e6, free / 1e6)
     # Checkpoints and figures need some of it, too.
-    return size < 0.8 * free
+    return size < 0.8 * shutil.disk_usage(directory).free

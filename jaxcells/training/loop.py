@@ -71,7 +71,7 @@ def train(
     steps_per_epoch = num_batches(len(labels), recipe.batch_size)
     num_steps = steps_per_epoch * recipe.num_epochs
     phases = [(recipe.num_epochs, recipe.freeze)]  # last epoch, what is frozen until then
-    if recipe.freeze and 0 < recipe.freeze_epochs < recipe.num_epochs:
+    if recipe.freeze_epochs:
         phases = [(recipe.freeze_epochs, recipe.freeze), (recipe.num_epochs, ())]
     devices = mesh.make_mesh()
     rows = mesh.local_rows(recipe.batch_size, devices)
@@ -168,10 +168,11 @@ def train(
             check_finite(float(values["loss"]), step)
             for name in progress.totals:
                 progress.totals[name] += values[name].item()
-        pending, before, clock = {}, clock, time.monotonic()
-        progress.epoch_s += clock - before
+            pending, before, clock = {}, clock, time.monotonic()
+            progress.epoch_s += clock - before
 
     def save(metrics: Mapping[str, float] | None = None) -> None:
+        read()
         progress.total_s = time.monotonic() - began
         checkpoints.save(workdir.checkpoints, state, dataclasses.replace(meta, step=step), metrics)
 
@@ -182,6 +183,7 @@ def train(
 
     def finish_epoch(eval_step: Any, images: np.ndarray) -> str:
         """Validates, writes both records, saves, and returns a line."""
+        read()
         trained = progress.finish_epoch() | {"learning_rate": float(schedule(step - 1))}
         batches = eval_batches(images, arrays["val"].labels, recipe.batch_size, rows)
         val = _means(eval_step(state, mesh.shard_batch(batch, devices)) for batch in batches)
@@ -197,6 +199,7 @@ def train(
         )
 
     def remaining() -> str:
+        read()
         seconds = (time.monotonic() - phase_began) / (step - first_step) * (last_step - step)
         return f"about {duration(seconds)} for the next {last_step - step} steps"
 
@@ -210,11 +213,13 @@ def train(
             first_step, last_step = step, last_epoch * steps_per_epoch
             if step >= last_step:
                 continue
-            inputs = make_inputs(
-                *(model, state.variables, crops, recipe, freeze, last_epoch, workdir.features),
-                before=progress.features_s > 0 if step else None,
-                check_stop=check_stop,
-            )
+            inputs = crops
+            if freeze:
+                inputs = make_inputs(
+                    *(model, state.variables, crops, recipe, last_epoch, workdir.features),
+                    before=progress.features_s > 0 if step else None,
+                    check_stop=check_stop,
+                )
             if not progress.features_s:  # a resumed run counts them once
                 progress.features_s = inputs.features_s
                 progress.compile_s += inputs.compile_s
@@ -223,7 +228,6 @@ def train(
             clock = phase_began = time.monotonic()
             while step < last_step:
                 if stop.requested(step + 1):
-                    read()
                     if saved < step:
                         save()
                     check_stop()
@@ -232,14 +236,11 @@ def train(
                 pending, step = totals, step + 1
                 bar.update()
                 if step == first_step + _ESTIMATE_AFTER:
-                    read()
                     logger.info("%s, validation apart", remaining())
                 if step % steps_per_epoch == 0:
-                    read()
                     line = finish_epoch(eval_step, inputs.val)
                     logger.info("%s%s", line, f"; {remaining()}" if step < last_step else "")
                 elif recipe.every_steps and step % recipe.every_steps == 0:
-                    read()
                     save()
                 else:
                     continue

@@ -112,7 +112,7 @@ def local_rows(batch_size: int, mesh: Mesh) -> slice:
     """
     if batch_size % mesh.size:
         smaller = batch_size // mesh.size * mesh.size
-        sizes = " or ".join(str(size) for size in (smaller, smaller + mesh.size) if size)
+        sizes = f"{smaller} or {smaller + mesh.size}" if smaller else mesh.size
         raise Error(
             f"a batch of {batch_size} cannot be dealt equally to {mesh.size} devices: use "
             f"train.batch_size={sizes}"
@@ -168,9 +168,7 @@ def bytes_of(step: Compiled) -> int:
 
     That is: arguments, results that do not take the place of arguments, and temporary arrays.
     """
-    memory = step.memory_analysis()
-    if memory is None:
-        return 0
+    memory: Any = step.memory_analysis()
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

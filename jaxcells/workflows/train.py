@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcells.config import data_source, differences, parse_multipliers
-from jaxcells.data.normalization import Normalization
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import mean_std_baseline
@@ -20,7 +19,7 @@ from jaxcells.evaluation.results import Baseline, RunResults, Timing
 from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.training import mesh
-from jaxcells.training.checkpoints import list_steps
+from jaxcells.training.checkpoints import CheckpointMeta, list_steps
 from jaxcells.training.freeze import check_patterns
 from jaxcells.training.initialization import Initialization, check_no_leak, find_initialization
 from jaxcells.training.loop import train
@@ -123,16 +122,14 @@ def prepare_together(config: ConfigDict, workdir: Workdir) -> PreparedData:
 
 def make_recipe(config: ConfigDict) -> Recipe:
     """Returns what the keys of a config say about training."""
-    expressions = {
-        "freeze": tuple(config.optim.freeze),
-        "multipliers": parse_multipliers(config.optim.multipliers),
-    }
+    sgd = config.optim.to_dict()
+    sgd["multipliers"] = parse_multipliers(sgd["multipliers"])
     return Recipe(
         model=config.model.to_dict(),
         seed=config.seed,
         normalize=config.data.normalize,
         **config.data.augment,
-        **(config.optim.to_dict() | expressions),
+        **sgd,
         **config.train,
         **config.checkpoint,
     )
@@ -191,8 +188,10 @@ def open_test_split(
     meta, arrays = network.meta, data.arrays
     opened = predict.write_history(workdir, "train", "test", meta.step) if mesh.is_primary() else 0
     train, test = arrays["train"], arrays["test"]
-    _, val_metrics, val_seconds = predict.evaluate_split(network, arrays["val"])
-    probabilities, test_metrics, test_seconds = predict.evaluate_split(network, test)
+    val_metrics, val_seconds = predict.evaluate_split(
+        network, arrays["val"], workdir.predictions("val")
+    )
+    test_metrics, test_seconds = predict.evaluate_split(network, test, workdir.predictions("test"))
     evaluate_s = val_seconds["evaluate_s"] + test_seconds["evaluate_s"]
     results = RunResults(
         validation=val_metrics,
@@ -203,7 +202,7 @@ def open_test_split(
             mean_std_baseline(train.images, train.labels, test.images, test.labels),
         ),
         init=meta.init,
-        data=_describe_data(config, data, meta.normalization),
+        data=_describe_data(config, data, meta),
         timing=Timing(
             crop_s=progress.prepare_s,
             compile_s=progress.compile_s + val_seconds["compile_s"] + test_seconds["compile_s"],
@@ -223,9 +222,6 @@ def open_test_split(
         environment=read_json(workdir.environment),
     )
     if mesh.is_primary():
-        predict.write_predictions(
-            workdir.predictions("test"), test.records, probabilities, meta.class_names
-        )
         plot_curves(read_metrics(workdir.metrics), workdir.figure("curves"), best_step=meta.step)
         plot_confusion(
             test_metrics.confusion_matrix,
@@ -239,9 +235,7 @@ def open_test_split(
     return results
 
 
-def _describe_data(
-    config: ConfigDict, data: PreparedData, normalization: Normalization
-) -> dict[str, Any]:
+def _describe_data(config: ConfigDict, data: PreparedData, meta: CheckpointMeta) -> dict[str, Any]:
     crop_set, images = data.crop_set, data.arrays["train"].images
     return {
         "source": data_source(config),
@@ -253,7 +247,7 @@ def _describe_data(
             for split, counts in data.audit.counts.items()
         },
         "image": {"shape": list(images.shape[1:]), "dtype": images.dtype.name},
-        "normalization": dataclasses.asdict(normalization),
+        "normalization": dataclasses.asdict(meta.normalization),
         "notes": list(crop_set.notes),
         "audit": dataclasses.asdict(data.audit),
     }
