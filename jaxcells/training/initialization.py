@@ -79,7 +79,8 @@ def _origin(init: Initialization) -> Mapping[str, Any]:
     metadata = weights.load_metadata(init.path)
     if "jaxcells" not in metadata:  # not of `export weights`
         return {}
-    return metadata | {k: json.loads(metadata[k]) for k in ("class_names", "images_by_split")}
+    known = metadata.keys() & {"class_names", "images_by_split"}
+    return metadata | {key: json.loads(metadata[key]) for key in known}
 
 
 def images_by_split(crop_set: CropSet, init: Initialization) -> dict[str, tuple[str, ...]]:
