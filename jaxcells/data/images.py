@@ -31,15 +31,14 @@ _FORMATS = {
 SUFFIXES = frozenset(suffix for _, suffixes in _FORMATS.values() for suffix in suffixes)
 """Lower-case suffixes of the files that are read."""
 
-_MICROSCOPE = "export it as OME-TIFF (Fiji with Bio-Formats does)"
-_PHOTOGRAPH = "save it as PNG or TIFF"
-_FOREIGN = {
-    _MICROSCOPE: "czi dcm dv ics ids ims lif lof lsm mrxs nd nd2 ndpi oib oif oir scn sld svs vsi "
-    "xdce zarr zvi",
-    _PHOTOGRAPH: "arw avif cr2 cr3 dng exr gif heic heif jp2 jpx jxl nef orf psd rw2 webp",
-}
-FOREIGN = {f".{suffix}": advice for advice, line in _FOREIGN.items() for suffix in line.split()}
-"""What to do with files of other formats, by their lower-case suffixes."""
+_FOREIGN = (
+    "arw avif cr2 cr3 czi dcm dng dv exr gif heic heif ics ids ims jp2 jpx jxl lif lof lsm mrxs nd "
+    "nd2 ndpi nef oib oif oir orf psd rw2 scn sld svs vsi webp xdce zarr zvi"
+)
+FOREIGN = frozenset(f".{suffix}" for suffix in _FOREIGN.split())
+"""Lower-case suffixes of images in other formats, which are refused and never passed over."""
+EXPORT = "export it as OME-TIFF (Fiji with Bio-Formats does), or a photograph as PNG"
+"""What to do with them."""
 
 _DECODERS = {"tifffile", "imagecodecs", "PIL"}
 
@@ -191,7 +190,7 @@ def _open_format(file: BinaryIO, suffix: str, plane: Plane) -> Picture:
     if not head:
         raise Refused("is empty (0 bytes)")
     if suffix in FOREIGN and kind in ("", "TIFF"):
-        raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {FOREIGN[suffix]}")
+        raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {EXPORT}")
     if not kind:
         raise Refused(f"is no PNG, JPEG, TIFF or BMP image: it begins with {head!r}")
     open_raster = {"PNG": open_png, "JPEG": open_jpeg, "BMP": open_bmp}.get(kind)

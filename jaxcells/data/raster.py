@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
-from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin
 
 from jaxcells.data import picture
 from jaxcells.data.picture import Picture, Refused, check_size, file_size
@@ -15,8 +15,6 @@ from jaxcells.data.picture import Picture, Refused, check_size, file_size
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type, alpha included
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 3: (1, 2, 4, 8)}  # by colour type; 8 and 16 for the others
-_UINT8 = np.dtype(np.uint8)
-_ALPHA = "alpha channel dropped"
 
 
 def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
@@ -33,12 +31,6 @@ def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
     if (palette == palette[:, :1]).all():
         return palette[:, 0], "palette of grey levels applied"
     raise Refused(picture.INDEXED)
-
-
-def _take_levels(levels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    if indices.max() >= len(levels):
-        raise Refused("is damaged: it has indices beyond its palette")
-    return levels[indices][..., None]
 
 
 def open_png(file: BinaryIO) -> Picture:
@@ -82,7 +74,7 @@ def open_png(file: BinaryIO) -> Picture:
     if depth == 1:
         picture.check_dtype(np.dtype(bool))
     has_alpha = colour in (4, 6)
-    notes = [_ALPHA] if has_alpha else []
+    notes = ["alpha channel dropped"] if has_alpha else []
     if depth < 8 and colour == 0:
         notes.append(f"{depth}-bit samples scaled to 0..255, as PNG defines them")
     if colour == 3:
@@ -98,7 +90,7 @@ def open_png(file: BinaryIO) -> Picture:
             raise Refused("is damaged: a checksum in it is wrong")
         data = _PNG_SIGNATURE + b"".join(chunks)
         if colour == 3:
-            return _take_levels(levels, np.array(PngImagePlugin.PngImageFile(io.BytesIO(data))))
+            return levels[np.array(PngImagePlugin.PngImageFile(io.BytesIO(data)))][..., None]
         pixels = imagecodecs.png_decode(data)
         return pixels.reshape(height, width, stored)[..., : stored - has_alpha]
 
@@ -113,47 +105,36 @@ class _JpegImageFile(JpegImagePlugin.JpegImageFile):
 
 
 def open_jpeg(file: BinaryIO) -> Picture:
-    """Open a JPEG file, grey or colour.
-
-    Pillow's plugin is called by itself, without `Image.open`, whose limit on pixels is a global
-    that would stop a 20000x20000 field; `check_size` stands in its place.
+    """Open a JPEG file, grey or colour; the first picture of several in it.
 
     Raises:
       Refused: it is CMYK or too large.
     """
-    image = _JpegImageFile(file)
-    if image.mode not in ("L", "RGB"):
-        raise Refused(f"is a {image.mode} JPEG: save it as RGB")
-    shape = (image.height, image.width, len(image.mode))
-    check_size(shape, _UINT8, file_size(file))
-    notes = ("first picture of a multi-picture file",) if "mp" in image.info else ()
-    orientation = picture.exif_orientation(image.info.get("exif", b""))
-    return Picture(shape, _UINT8, lambda: np.array(image).reshape(shape), orientation, notes)
+    return _open_with_pillow(_JpegImageFile(file), file)
 
 
 def open_bmp(file: BinaryIO) -> Picture:
-    """Open a BMP file.
+    """Open a BMP file, grey or colour.
 
     Raises:
-      Refused: it is a mask, indexed colours or too large.
+      Refused: it is a mask, has a palette or transparency, or is too large.
     """
-    head = file.read(30).ljust(30, b"\0")
-    (bits,) = struct.unpack_from("<H", head, 24 if head[14] == 12 else 28)
-    if bits == 1:
+    return _open_with_pillow(BmpImagePlugin.BmpImageFile(file), file)
+
+
+def _open_with_pillow(image: ImageFile.ImageFile, file: BinaryIO) -> Picture:
+    """Check what a plugin of Pillow has read from the header.
+
+    Plugins are called by themselves, without `Image.open`, whose limit on pixels is a global that
+    would stop a 20000x20000 field; `check_size` stands in its place.
+    """
+    if image.mode == "1":
         picture.check_dtype(np.dtype(bool))
-    file.seek(0)
-    image = BmpImagePlugin.BmpImageFile(file)
-    shape = (image.height, image.width, 1 if image.mode in ("L", "P") else 3)
-    check_size(shape, _UINT8, file_size(file))
-    notes = (_ALPHA,) if image.mode == "RGBA" else ()
     if image.mode == "P":
-        levels, note = _grey_levels(np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3))
-        notes = (note,)
-
-    def decode() -> np.ndarray:
-        pixels = np.array(image)
-        if image.mode == "P":
-            return _take_levels(levels, pixels)
-        return pixels.reshape(*shape[:2], -1)[..., : shape[2]]
-
-    return Picture(shape, _UINT8, decode, notes=notes)
+        raise Refused(picture.INDEXED)
+    if image.mode not in ("L", "RGB"):
+        raise Refused(f"has {image.mode} colours: save it as grey or RGB")
+    shape, dtype = (image.height, image.width, len(image.mode)), np.dtype(np.uint8)
+    check_size(shape, dtype, file_size(file))
+    orientation = picture.exif_orientation(image.info.get("exif", b""))
+    return Picture(shape, dtype, lambda: np.array(image).reshape(shape), orientation)

@@ -5,6 +5,7 @@ import contextvars
 import logging
 import math
 import re
+import struct
 from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO, Literal
 
@@ -61,8 +62,6 @@ def _check_page_list(file: BinaryIO) -> None:
             raise Refused("is damaged: its list of pages runs in a circle")
         seen.add(page)
         place = page + count_size + number(page, count_size) * entry_size
-    if not seen:
-        raise Refused("has no pages")
 
 
 def _open(file: BinaryIO) -> TiffFile:
@@ -84,8 +83,6 @@ def _choose_series(tif: TiffFile, plane: Plane) -> TiffPageSeries:
     if tif.is_lsm:
         raise Refused("is a Zeiss LSM file: export it as OME-TIFF (Fiji does)")
     found = list(tif.series)
-    if not found:
-        raise Refused("has no pages with pixels")
     if found[0].kind in ("uniform", "generic") and (tif.is_imagej or tif.is_stk):
         raise Refused("is damaged: it has not the pages that its own description lists")
     # Thumbnails, reduced copies and transparency masks say so in their NewSubfileType tag.
@@ -172,10 +169,9 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Rows and columns that a JPEG stream declares; zeros where it declares none."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        marker, length, rows, columns = struct.unpack_from(">BHxHH", data, at + 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            rows, columns = data[at + 5 : at + 7], data[at + 7 : at + 9]
-            return int.from_bytes(rows, "big"), int.from_bytes(columns, "big")
+            return rows, columns
         at += 1 if marker == 0xFF else 2 + length
     return 0, 0
 
@@ -280,6 +276,6 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     notes += selection.notes
 
     def decode() -> np.ndarray:
-        return selection.assemble(read, dtype)[..., :channels]
+        return selection.assemble(read)[..., :channels]
 
     return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))

@@ -127,10 +127,10 @@ def test_select_on_unusual_axes():
     assert channels.pages == tuple((k,) for k in range(6))
     sample_of_page = select("CYX", (3, 4, 5), 3, {"C": 1})
     page = array[0, :, :, :, 0]
-    taken = sample_of_page.assemble(lambda k: page, page.dtype)
+    taken = sample_of_page.assemble(lambda k: page)
     np.testing.assert_array_equal(taken[..., 0], page[1])
     columns_first = select("XYC", (3, 4, 5), 3, {})
-    taken = columns_first.assemble(lambda k: page, page.dtype)
+    taken = columns_first.assemble(lambda k: page)
     np.testing.assert_array_equal(taken, page.swapaxes(0, 1))
     with pytest.raises(Refused, match=r"2 channels \(axis C\): choose one with"):
         select("CYXS", (2, 4, 5, 3), 3, {})
