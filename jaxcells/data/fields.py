@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +78,6 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
     foreign = [path for _, path in wanted if path.suffix.lower() in FOREIGN]
     strays = [path for path in root.iterdir() if path.is_file() and not is_hidden(path)]
     strays += [p for _, p in wanted if p.suffix.lower() not in SUFFIXES | FOREIGN]
-    _check_encoding(path for _, path in found)
     if foreign:
         suffix = foreign[0].suffix
         raise Error(
@@ -103,8 +102,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
 
     fields = _read_headers(found, root, plane)
     channels = sorted({field.channel for field in fields} - {""})
-    if channels:
-        logger.info("classes: %s; channels in them: %s", some(sorted(counts)), some(channels))
+    logger.info("classes: %s; channels: %s", some(sorted(counts)), some(channels) or "none")
     return sorted(fields, key=lambda field: field.name)
 
 
@@ -116,14 +114,12 @@ class _ClassFolder(NamedTuple):
 
 def _class_folders(root: Path) -> list[_ClassFolder]:
     if not root.is_dir():
-        reason = "is a file, not a folder" if root.exists() else "does not exist"
-        raise Error(f"{root}: the image folder {reason}; set data.root=FOLDER")
+        raise Error(f"{root}: there is no such folder of images; set data.root=FOLDER")
     folders = _visible_folders(root)
     if not folders:
-        number = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
         raise Error(
-            f"{root}: no class folders found, but {counted(number, 'image')}; put the images of "
-            f"each cell line into a folder of its own{_sheet_hint(root)}"
+            f"{root}: there are no class folders; put the images of each cell line into a folder "
+            f"of its own{_sheet_hint(root)}"
         )
     splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
     if len(set(splits.values())) < 2:
@@ -160,8 +156,7 @@ def _one_class(root: Path, paths: list[Path]) -> str:
             f"{what}; {common} holds {len(inner)} folders of images ({some(inner)}): if these are "
             f"the classes, give data.root={shlex.quote(str(common))}"
         )
-    images = counted(len(paths), "image")
-    return f"{what} with {images}; a classifier needs two class folders or more{_sheet_hint(root)}"
+    return f"{what} with {counted(len(paths), 'image')}; a classifier needs two or more{_sheet_hint(root)}"
 
 
 def _sheet_hint(root: Path) -> str:
@@ -239,11 +234,11 @@ def image_notes(fields: Sequence[Field]) -> list[str]:
 def _mask_notes(fields: Sequence[Field]) -> list[str]:
     """Warns of outlines beside their images, with the pattern that leaves them all out."""
     stems = {os.path.splitext(field.name)[0] for field in fields}
-    matches = [match for stem in stems if (match := _MASK.fullmatch(stem)) and match[1] in stems]
-    if not matches:
+    matches = filter(None, map(_MASK.fullmatch, stems))
+    endings = sorted({match[2] for match in matches if match[1] in stems})
+    if not endings:
         return []
-    endings = "|".join(sorted({match[2] for match in matches}))
-    pattern = rf"({endings})\."
+    pattern = rf"({'|'.join(endings)})\."
     masks = [field.name for field in fields if re.search(pattern, field.name)]
     return [
         f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) are "
@@ -268,6 +263,8 @@ def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], wh
 def _read_headers(found: list[tuple[_ClassFolder, Path]], root: Path, plane: str) -> list[Field]:
     def read_header(place: tuple[_ClassFolder, Path]) -> Field | ImageError:
         c, path = place
+        if str(path).encode(errors="ignore").decode() != str(path):
+            raise Error(f"{str(path)!a}: the name is not valid UTF-8; rename the file or folder")
         try:
             info = inspect_image(path, plane=plane)
         except ImageError as error:
@@ -282,12 +279,6 @@ def _read_headers(found: list[tuple[_ClassFolder, Path]], root: Path, plane: str
         more = f" (and {len(errors) - 1} more of {len(found)} images under {root})"
         raise Error(f"{errors[0]}{more * (len(errors) > 1)}") from errors[0]
     return [result for result in results if isinstance(result, Field)]
-
-
-def _check_encoding(paths: Iterable[Path]) -> None:
-    for name in map(str, paths):
-        if name.encode(errors="ignore").decode() != name:
-            raise Error(f"{ascii(name)}: the name is not valid UTF-8; rename the file or folder")
 
 
 def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """Choosing one picture [H, W, C] out of a file with more axes than rows, columns and channels."""
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,15 +23,11 @@ AXES = {
     "A": "angles",
     "E": "wavelengths",
     "H": "lifetimes",
-    "L": "exposures",
-    "M": "mosaic tiles",
-    "V": "events",
     "I": "pages that do not say what they are",
 }
 """Axes a user may choose on, by tifffile's letters. Any other, but X, Y and S, counts as "I"."""
 
 _PROJECTIONS = {"max": "maximum", "mean": "mean"}
-_ALL = slice(None)
 _ITEM = re.compile(
     f"(series)=([0-9]+)|(I)=(C)|([{''.join(AXES)}])=([0-9]+|max|mean)", re.IGNORECASE
 )
@@ -143,7 +140,7 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     options = "S" + "C" * ("C" not in plane) + "I" * (plane.get("I") == "c")
     channels = next((axis for axis in options if axis in axes), "")
 
-    index: list[int | slice] = [_ALL] * len(axes)
+    index: list[int | slice] = [slice(None)] * len(axes)
     left: dict[str, int] = {}
     notes = []
     for axis in AXES:
@@ -167,7 +164,8 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     ranks = {"Y": 1, "X": 2, channels: 3}  # after those that are projected
 
     def order(part: slice) -> tuple[int, ...]:
-        stay = [ranks.get(a, 0) for a, i in zip(axes[part], index[part], strict=True) if i == _ALL]
+        whole = [isinstance(taken, slice) for taken in index[part]]
+        stay = [ranks.get(axis, 0) for axis in itertools.compress(axes[part], whole)]
         return tuple(sorted(range(len(stay)), key=stay.__getitem__))
 
     outer, inner = slice(len(axes) - page_ndim), slice(len(axes) - page_ndim, None)

@@ -14,7 +14,6 @@ from jaxcells.data.picture import Picture, Refused, check_size, file_size
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type, alpha included
-_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 3: (1, 2, 4, 8)}  # by colour type; 8 and 16 for the others
 
 
 def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
@@ -60,26 +59,23 @@ def open_png(file: BinaryIO) -> Picture:
         if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
             critical.append((position, length))
         position += length
-    header = found.get(b"IHDR", b"").ljust(13, b"\xff")
-    width, height, depth, colour = struct.unpack_from(">IIBB", header)
-    known = colour in _PNG_CHANNELS and depth in _PNG_DEPTHS.get(colour, (8, 16))
-    if not known or header[10:12] != b"\0\0" or header[12] > 1:
-        raise Refused(f"is damaged: its header has values that PNG does not define ({header!r})")
+    width, height, depth, colour = struct.unpack_from(">IIBB", found.get(b"IHDR", bytes(10)))
+    if colour not in _PNG_CHANNELS or depth not in (1, 2, 4, 8, 16):
+        raise Refused(f"is damaged: PNG has no {depth}-bit samples of colour type {colour}")
     if found.get(b"acTL", b"\0\0\0\1")[:4] != b"\0\0\0\1":
         raise Refused("is an animation: save the frame you need as its own file")
 
-    dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
+    dtype = np.dtype({1: np.bool, 16: np.uint16}.get(depth, np.uint8))
+    picture.check_dtype(dtype)
     stored = _PNG_CHANNELS[colour]
     check_size((height, width, stored), dtype, size)
-    if depth == 1:
-        picture.check_dtype(np.dtype(bool))
-    has_alpha = colour in (4, 6)
-    notes = ["alpha channel dropped"] if has_alpha else []
+    channels = stored - (colour in (4, 6))
+    notes = [picture.ALPHA] if channels < stored else []
     if depth < 8 and colour == 0:
         notes.append(f"{depth}-bit samples scaled to 0..255, as PNG defines them")
     if colour == 3:
         palette = np.frombuffer(found.get(b"PLTE", b""), np.uint8)
-        levels, note = _grey_levels(palette[: palette.size // 3 * 3].reshape(-1, 3))
+        levels, note = _grey_levels(palette.reshape(-1, 3))
         notes.append(note)
 
     def decode() -> np.ndarray:
@@ -91,12 +87,10 @@ def open_png(file: BinaryIO) -> Picture:
         data = _PNG_SIGNATURE + b"".join(chunks)
         if colour == 3:
             return levels[np.array(PngImagePlugin.PngImageFile(io.BytesIO(data)))][..., None]
-        pixels = imagecodecs.png_decode(data)
-        return pixels.reshape(height, width, stored)[..., : stored - has_alpha]
+        return imagecodecs.png_decode(data).reshape(height, width, stored)[..., :channels]
 
-    shape = (height, width, stored - has_alpha)
     orientation = picture.exif_orientation(found.get(b"eXIf", b""))
-    return Picture(shape, dtype, decode, orientation, tuple(notes))
+    return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
 
 
 class _JpegImageFile(JpegImagePlugin.JpegImageFile):
@@ -128,9 +122,7 @@ def _open_with_pillow(image: ImageFile.ImageFile, file: BinaryIO) -> Picture:
     Plugins are called by themselves, without `Image.open`, whose limit on pixels is a global that
     would stop a 20000x20000 field; `check_size` stands in its place.
     """
-    if image.mode == "1":
-        picture.check_dtype(np.dtype(bool))
-    if image.mode == "P":
+    if image.mode in ("1", "P"):
         raise Refused(picture.INDEXED)
     if image.mode not in ("L", "RGB"):
         raise Refused(f"has {image.mode} colours: save it as grey or RGB")
