@@ -156,7 +156,8 @@ def _one_class(root: Path, paths: list[Path]) -> str:
             f"{what}; {common} holds {len(inner)} folders of images ({some(inner)}): if these are "
             f"the classes, give data.root={shlex.quote(str(common))}"
         )
-    return f"{what} with {counted(len(paths), 'image')}; a classifier needs two or more{_sheet_hint(root)}"
+    number = counted(len(paths), "image")
+    return f"{what} with {number}; a classifier needs two or more{_sheet_hint(root)}"
 
 
 def _sheet_hint(root: Path) -> str:

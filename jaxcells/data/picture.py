@@ -20,8 +20,8 @@ _ALWAYS_ALLOWED = 64 * 2**20
 ALPHA = "alpha channel dropped"
 LOOKUP_TABLE = "palette is a lookup table; its indices are read as intensities"
 INDEXED = (
-    "has indexed colours (a mask, labels, or a photograph reduced to a palette): save it as grey or "
-    "RGB (in ImageJ, Image > Lookup Tables > Grays)"
+    "has indexed colours (a mask, labels, or a photograph reduced to a palette): save it as grey "
+    "or RGB (in ImageJ, Image > Lookup Tables > Grays)"
 )
 
 

@@ -1,7 +1,6 @@
 """Choosing one picture [H, W, C] out of a file with more axes than rows, columns and channels."""
 
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,7 +139,7 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     options = "S" + "C" * ("C" not in plane) + "I" * (plane.get("I") == "c")
     channels = next((axis for axis in options if axis in axes), "")
 
-    index: list[int | slice] = [slice(None)] * len(axes)
+    chosen: dict[int, int] = {}
     left: dict[str, int] = {}
     notes = []
     for axis in AXES:
@@ -154,8 +153,7 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
         elif not isinstance(wanted, int):
             left[axis] = count
         elif wanted < count:
-            for k, number in zip(positions, np.unravel_index(wanted, sizes), strict=True):
-                index[k] = int(number)
+            chosen |= zip(positions, map(int, np.unravel_index(wanted, sizes)), strict=True)
         else:
             raise Refused(f"has {count} {AXES[axis]}: {axis}={wanted} is not in 0 to {count - 1}")
     if left:
@@ -163,20 +161,22 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
 
     ranks = {"Y": 1, "X": 2, channels: 3}  # after those that are projected
 
-    def order(part: slice) -> tuple[int, ...]:
-        whole = [isinstance(taken, slice) for taken in index[part]]
-        stay = [ranks.get(axis, 0) for axis in itertools.compress(axes[part], whole)]
+    def order(part: range) -> tuple[int, ...]:
+        stay = [ranks.get(axes[k], 0) for k in part if k not in chosen]
         return tuple(sorted(range(len(stay)), key=stay.__getitem__))
 
-    outer, inner = slice(len(axes) - page_ndim), slice(len(axes) - page_ndim, None)
-    num_channels = [n for axis, n in zip(axes, shape, strict=True) if axis == channels]
-    groups = math.prod(shape[k] for k in range(outer.stop) if axes[k] == channels)
-    numbers = np.arange(math.prod(shape[outer])).reshape(shape[outer])[tuple(index[outer])]
+    outer = len(axes) - page_ndim
+    kept = [k for k, axis in enumerate(axes) if axis == channels]
+    groups = math.prod(shape[k] for k in kept if k < outer)
+    index = tuple(chosen.get(k, slice(None)) for k in range(len(axes)))
+    numbers = np.arange(math.prod(shape[:outer])).reshape(shape[:outer])[index[:outer]]
     return Selection(
-        pages=tuple(map(tuple, numbers.transpose(order(outer)).reshape(-1, groups).T.tolist())),
-        shape=(shape[axes.index("Y")], shape[axes.index("X")], math.prod(num_channels)),
-        index=tuple(index[inner]),
-        order=order(inner),
+        pages=tuple(
+            map(tuple, numbers.transpose(order(range(outer))).reshape(-1, groups).T.tolist())
+        ),
+        shape=(shape[axes.index("Y")], shape[axes.index("X")], math.prod(shape[k] for k in kept)),
+        index=index[outer:],
+        order=order(range(outer, len(axes))),
         projection=next((p for p in _PROJECTIONS if p in plane.values()), ""),
         notes=tuple(notes),
     )

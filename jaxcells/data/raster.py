@@ -46,19 +46,17 @@ def open_png(file: BinaryIO) -> Picture:
         file.seek(offset)
         return file.read(length)
 
-    critical: list[tuple[int, int]] = []
-    found: dict[bytes, bytes] = {}
+    chunks: list[tuple[bytes, int, int]] = []
     position, kind = len(_PNG_SIGNATURE), b""
     while kind != b"IEND":
         head = read(position, 8)
         length, kind = 12 + int.from_bytes(head[:4], "big"), head[4:]
         if position + length > size:
             raise Refused(f"is truncated or damaged: its chunks do not end within {size} bytes")
-        if kind in (b"IHDR", b"PLTE", b"eXIf", b"acTL"):
-            found[kind] = read(position + 8, length - 12)
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            critical.append((position, length))
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf", b"acTL"):
+            chunks.append((kind, position, length))
         position += length
+    found = {kind: read(at + 8, length - 12) for kind, at, length in chunks if kind != b"IDAT"}
     width, height, depth, colour = struct.unpack_from(">IIBB", found.get(b"IHDR", bytes(10)))
     if colour not in _PNG_CHANNELS or depth not in (1, 2, 4, 8, 16):
         raise Refused(f"is damaged: PNG has no {depth}-bit samples of colour type {colour}")
@@ -81,10 +79,10 @@ def open_png(file: BinaryIO) -> Picture:
     def decode() -> np.ndarray:
         # Comments, profiles and animation controls never reach a decoder: there they could fail,
         # warn on the terminal or inflate without end.
-        chunks = [read(*chunk) for chunk in critical]
-        if any(zlib.crc32(c[4:-4]) != int.from_bytes(c[-4:], "big") for c in chunks):
+        parts = [read(at, n) for kind, at, n in chunks if kind not in (b"eXIf", b"acTL")]
+        if any(zlib.crc32(part[4:-4]) != int.from_bytes(part[-4:], "big") for part in parts):
             raise Refused("is damaged: a checksum in it is wrong")
-        data = _PNG_SIGNATURE + b"".join(chunks)
+        data = _PNG_SIGNATURE + b"".join(parts)
         if colour == 3:
             return levels[np.array(PngImagePlugin.PngImageFile(io.BytesIO(data)))][..., None]
         return imagecodecs.png_decode(data).reshape(height, width, stored)[..., :channels]

@@ -232,12 +232,11 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     """
     _check_page_list(file)
     # This file alone: tifffile would gather the others of a set.
-    tif = TiffFile(file, offset=0, is_mmstack=False, is_ndtiff=False)
+    tif, size = TiffFile(file, offset=0, is_mmstack=False, is_ndtiff=False), file_size(file)
     # OME-XML gives each file of a set a UUID, and repeats that of its own beside the pages.
     uuids = re.findall(r"urn:uuid:[^<>\"'\s]+", tif.ome_metadata or "", re.IGNORECASE)
     if len({uuid.lower() for uuid in uuids}) > 1:
         tif.is_ome = False
-    size = file_size(file)
     series = _choose_series(tif, plane)
     keyframe = series.keyframe
     notes = _check_page(keyframe)

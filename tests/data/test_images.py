@@ -111,7 +111,7 @@ def test_named_pipe_does_not_hang(tmp_path):
 
 def test_content_decides_and_a_wrong_name_is_noted(tmp_path):
     assert {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".stk"} == SUFFIXES
-    assert not SUFFIXES & FOREIGN.keys()
+    assert not SUFFIXES & FOREIGN
     pixels = random_pixels((6, 5, 3))
     Image.fromarray(pixels).save(tmp_path / "a.tif", "PNG")
     assert_reads(tmp_path / "a.tif", pixels, notes=["named .tif but holds a PNG"])
