@@ -226,26 +226,24 @@ def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, 
 
 
 def image_notes(fields: Sequence[Field]) -> list[str]:
-    """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count."""
+    """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count.
+
+    Outlines beside their images are named with the pattern that leaves them all out.
+    """
     counts = collections.Counter(note for field in fields for note in field.info.notes)
     notes = [f"{counted(count, 'image')}: {note}" for note, count in sorted(counts.items())]
-    return notes + _mask_notes(fields)
-
-
-def _mask_notes(fields: Sequence[Field]) -> list[str]:
-    """Warns of outlines beside their images, with the pattern that leaves them all out."""
     stems = {os.path.splitext(field.name)[0] for field in fields}
     matches = filter(None, map(_MASK.fullmatch, stems))
     endings = sorted({match[2] for match in matches if match[1] in stems})
-    if not endings:
-        return []
-    pattern = rf"({'|'.join(endings)})\."
-    masks = [field.name for field in fields if re.search(pattern, field.name)]
-    return [
-        f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) are "
-        "used as images themselves, so that outlines of a test image may stand in training; "
-        f"data.exclude='{pattern}' leaves them out"
-    ]
+    if endings:
+        pattern = rf"({'|'.join(endings)})\."
+        masks = [field.name for field in fields if re.search(pattern, field.name)]
+        notes.append(
+            f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) "
+            "are used as images themselves, so that outlines of a test image may stand in "
+            f"training; data.exclude='{pattern}' leaves them out"
+        )
+    return notes
 
 
 def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:

@@ -170,10 +170,9 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     groups = math.prod(shape[k] for k in kept if k < outer)
     index = tuple(chosen.get(k, slice(None)) for k in range(len(axes)))
     numbers = np.arange(math.prod(shape[:outer])).reshape(shape[:outer])[index[:outer]]
+    pages = numbers.transpose(order(range(outer))).reshape(-1, groups).T.tolist()
     return Selection(
-        pages=tuple(
-            map(tuple, numbers.transpose(order(range(outer))).reshape(-1, groups).T.tolist())
-        ),
+        pages=tuple(map(tuple, pages)),
         shape=(shape[axes.index("Y")], shape[axes.index("X")], math.prod(shape[k] for k in kept)),
         index=index[outer:],
         order=order(range(outer, len(axes))),
