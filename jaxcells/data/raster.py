@@ -14,6 +14,7 @@ from jaxcells.data.picture import Picture, Refused, check_size, file_size
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type, alpha included
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
 def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
@@ -57,9 +58,10 @@ def open_png(file: BinaryIO) -> Picture:
             chunks.append((kind, position, length))
         position += length
     found = {kind: read(at + 8, length - 12) for kind, at, length in chunks if kind != b"IDAT"}
-    width, height, depth, colour = struct.unpack_from(">IIBB", found.get(b"IHDR", bytes(10)))
-    if colour not in _PNG_CHANNELS or depth not in (1, 2, 4, 8, 16):
-        raise Refused(f"is damaged: PNG has no {depth}-bit samples of colour type {colour}")
+    header = struct.unpack_from(">IIBB3s", found.get(b"IHDR", bytes(13)))
+    width, height, depth, colour, methods = header
+    if depth not in _PNG_DEPTHS.get(colour, ()) or methods not in (b"\0\0\0", b"\0\0\1"):
+        raise Refused(f"is damaged: its header has values that PNG does not define ({header})")
     if found.get(b"acTL", b"\0\0\0\1")[:4] != b"\0\0\0\1":
         raise Refused("is an animation: save the frame you need as its own file")
 
