@@ -12,7 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from jaxcells.data.images import ImageError, inspect_image, read_image, write_crop
+from jaxcells.data.images import SUFFIXES, ImageError, inspect_image, read_image, write_crop
 from tests.data.pixels import assert_reads, assert_refused, random_pixels
 
 
@@ -101,6 +101,7 @@ def test_files_that_are_no_images(tmp_path):
 
 
 def test_content_decides_not_the_name(tmp_path):
+    assert {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".stk"} == SUFFIXES
     pixels = random_pixels((6, 5, 3))
     Image.fromarray(pixels).save(tmp_path / "a.tif", "PNG")
     assert_reads(tmp_path / "a.tif", pixels)

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 from jaxcells.data.images import ImageError, inspect_image, read_image
-from tests.data.pixels import assert_reads, assert_refused
+from tests.data.pixels import assert_refused
 
 FORMATS = Path(__file__).parents[3] / "shared" / "data" / "formats"
 PATHS = sorted(FORMATS.glob("*/*"))
@@ -41,15 +41,6 @@ def test_every_file_reads_as_tifffile_says_or_is_refused(path, capfd):
     if any("alpha" in note for note in info.notes):
         expected = expected[..., :-1]
     np.testing.assert_array_equal(pixels, expected, strict=True)
-
-
-def test_planes_of_real_stacks():
-    path = FORMATS / "microscopy/xyzc_16bit__spots.tif"
-    stack = tifffile.imread(path).transpose(0, 2, 3, 1)
-    assert_reads(path, stack[16], plane="Z=16")
-    assert_reads(path, stack.max(0), plane="Z=max", notes=["maximum over 17 z-planes"])
-    means = np.rint(stack.mean(0, dtype=np.float64)).astype(stack.dtype)
-    assert_reads(path, means, plane="Z=mean", notes=["mean over 17 z-planes"])
 
 
 def test_36_files_are_read_and_none_prints_warns_or_takes_much_memory():
