@@ -114,11 +114,11 @@ class _ClassFolder(NamedTuple):
 
 def _class_folders(root: Path) -> list[_ClassFolder]:
     if not root.is_dir():
-        raise Error(f"{root}: there is no such folder of images; set data.root=FOLDER")
+        raise Error(f"{root}: the image folder does not exist, or is a file; set data.root=FOLDER")
     folders = _visible_folders(root)
     if not folders:
         raise Error(
-            f"{root}: there are no class folders; put the images of each cell line into a folder "
+            f"{root}: no class folders found; put the images of each cell line into a folder "
             f"of its own{_sheet_hint(root)}"
         )
     splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}

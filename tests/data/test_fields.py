@@ -79,7 +79,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
         ({"A": 2}, "only one class, 'A' with 2 images"),
         ({"A": 2, "B": 0}, r"no images in B \(images per class: A: 2\)"),
         ({"A": 0, "B": 0}, r"no images in A, B .*none.*\.png"),
-        ({".": 2}, "there are no class folders; put the images of each cell line into a folder"),
+        ({".": 2}, "no class folders found; put the images of each cell line into a folder"),
         ({".": 2, "labels.csv": 0}, "sheets such as labels.csv are not read yet"),
         ({"images": 2, "labels.xlsx": 0}, "sheets such as labels.xlsx are not read yet"),
         ({"one/A": 1, "one/B": 2}, r"one holds 2 folders of images \(A, B\).*data\.root=.*/one$"),
@@ -100,7 +100,7 @@ def test_wrong_folders_are_named_with_what_to_do(tmp_path, layout, text):
             (tmp_path / name).rmdir()
             (tmp_path / name).write_text("name,label")
     write_folder(tmp_path, layout)
-    with pytest.raises(Error, match=r"nothing: .*no such folder of images; set data\.root"):
+    with pytest.raises(Error, match=r"nothing: .*does not exist.*; set data\.root"):
         find_fields(tmp_path / "nothing")
     with pytest.raises(Error, match=text) as error:
         find_fields(tmp_path)
@@ -131,13 +131,13 @@ def test_masks_beside_their_images_are_named_with_the_pattern_that_leaves_them_o
     write_folder(tmp_path, {"A": 2, "B": 1})
     for name in ("A/lone_mask.png", "A/field0_mask.png", "A/field1-seg.png", "B/field0_mask.png"):
         write_image(tmp_path / name, textured(60, 80, 9))
-    write_image(tmp_path / "B" / "unmasked.png", textured(60, 80, 9))
+    write_image(tmp_path / "B" / "lone_roi.png", textured(60, 80, 9))
     fields = find_fields(tmp_path)
     (note,) = image_notes(fields)
     assert note.startswith("4 images named as masks of others beside them (A/field0_mask.png, A/f")
     pattern = re.search("data.exclude='(.*)'", note)[1]
     remaining = find_fields(tmp_path, exclude=pattern)
-    files = ["A/field0.png", "A/field1.png", "B/field0.png", "B/unmasked.png"]
+    files = ["A/field0.png", "A/field1.png", "B/field0.png", "B/lone_roi.png"]
     assert names(remaining) == files
     assert image_notes(remaining) == []
 

@@ -56,6 +56,8 @@ def test_channels_without_colour_are_data_and_alpha_is_not(path):
     for channels in (2, 4, 5):
         write(path, five[..., :channels], planarconfig="contig")
         assert_reads(path, five[..., :channels])
+    write(path, five[..., :3], planarconfig="contig", extrasamples=["unassalpha", "unspecified"])
+    assert_reads(path, five[..., :3])
     write(path, five[..., :2], planarconfig="contig", extrasamples=["unassalpha"])
     assert_reads(path, five[..., :1], notes=["alpha"])
     for kind in ("unassalpha", "assocalpha", "unspecified"):
