@@ -126,7 +126,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     used = with_groups(used, settings.split_by)
     notes += _notes(used, settings.split_by, whole=not size)
     for note in notes:
-        logger.info("note: %s", note)
+        logger.warning("note: %s", note)
     per_class = collections.Counter(field.label for field in used)
     listed = ", ".join(f"{label} {number}" for label, number in sorted(per_class.items()))
     logger.info("found %d images: %s", len(used), listed)
