@@ -34,7 +34,7 @@ def test_grey_becomes_three_equal_channels():
     )
 
 
-def test_percentiles_of_integers_are_exact():
+def test_percentiles_of_every_channel_are_exact():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 60000, (7, 50, 40, 2), dtype=np.uint16)
     normalization = fit_normalization(images, "auto")
@@ -49,8 +49,8 @@ def test_percentiles_of_integers_are_exact():
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_percentiles_of_floats_are_of_a_regular_sample_and_nothing_is_clipped(monkeypatch):
-    monkeypatch.setattr("jaxcells.data.normalization._MAX_FLOATS", 1000)
+def test_percentiles_of_many_pixels_are_of_a_regular_sample_and_nothing_is_clipped(monkeypatch):
+    monkeypatch.setattr("jaxcells.data.normalization._MAX_PIXELS", 1000)
     images = np.random.default_rng(0).random((20, 40, 40, 1), np.float32)
     images += np.arange(20, dtype=np.float32)[:, None, None, None]
     images[0, 0, 1] = 9000
