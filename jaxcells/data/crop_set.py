@@ -13,7 +13,6 @@ import hashlib
 import logging
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,6 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     listed = ", ".join(f"{label} {number}" for label, number in sorted(per_class.items()))
     logger.info("found %d images: %s", len(used), listed)
 
-    start = time.monotonic()
     crops = draw_crops(used, dataclasses.replace(settings, crop_size=size))
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -165,8 +163,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     }
     write_json(partial / "crop_set.json", description)
     partial.rename(directory)
-    rate = len(records) / (time.monotonic() - start)
-    logger.info("wrote %d crops to %s (%.0f crops/s)", len(records), directory, rate)
+    logger.info("wrote %d crops to %s", len(records), directory)
     return open_crop_set(directory)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxcells.files import Error
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 PERCENTILES = (0.5, 99.5)
 _MAX_PIXELS = 10_000_000
 
@@ -89,8 +89,7 @@ def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
                 f"percentiles are both {low[flat[0]]:g}; leave that channel out, or raise "
                 "data.min_foreground if most crops are empty"
             )
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     if channels not in (1, 3):
         mean, std = (np.mean(mean).item(),) * channels, (np.mean(std).item(),) * channels
     return Normalization(kind, low, high, mean, std)

@@ -21,6 +21,7 @@ from jaxcells.models.weights import (
     to_torch,
     transfer,
 )
+from tests.models.networks import random_variables
 
 # Ours, torch's, number of axes; torch's as timm's resnet34.tv_in1k has them.
 NAMES = [
@@ -256,18 +257,11 @@ def test_stacked_units_are_single_in_a_file_and_stacked_again(tmp_path):
         load_pretrained(tensors, fresh)
 
 
-def random_variables(model, *, channels=3, seed=0):
-    rng = np.random.default_rng(seed)
-    x = jnp.zeros((1, 32, 32, channels))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-    return jax.tree.map(lambda s: rng.uniform(0.1, 0.3, s.shape).astype(s.dtype), shapes)
-
-
 @pytest.mark.parametrize("channels", [1, 5])
 def test_adapted_stem_answers_grey_images_as_the_one_of_three_channels(channels):
     model = create_model("resnet18", num_classes=3, width=8)
-    source = random_variables(model, seed=1)
-    fresh = random_variables(model, channels=channels, seed=2)
+    source = random_variables(model, jnp.zeros((1, 32, 32, 3)), seed=1)
+    fresh = random_variables(model, jnp.zeros((1, 32, 32, channels)), seed=2)
     merged, _ = load_pretrained(to_torch(source), fresh)
     grey = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
     three, adapted = (
