@@ -190,17 +190,6 @@ def test_unrolled_names_are_those_of_the_unstacked_tree(name):
     assert flatten_dict(unstacked) == flatten_dict(single)
 
 
-def test_unstack_takes_the_slices_and_leaves_the_others():
-    stage = {"conv1": {"kernel": np.arange(12.0).reshape(3, 4)}, "bn1": {"scale": np.arange(3)}}
-    tree = {"fc": {"bias": np.ones(2)}, "layer10_rest": stage}
-    single = unstack(tree)
-    assert set(single) == {"fc", "layer10_1", "layer10_2", "layer10_3"}
-    np.testing.assert_array_equal(single["layer10_3"]["conv1"]["kernel"], [8, 9, 10, 11])
-    assert single["layer10_2"]["bn1"]["scale"] == 1
-    assert single["fc"]["bias"] is tree["fc"]["bias"]
-    assert set(unstack({"params": tree, "batch_stats": {}})["params"]) == set(single)
-
-
 def test_units_of_a_scan_begin_with_different_kernels_of_he_s_variance():
     model = small("preact50", sizes=(3,), width=32)
     place = model.segments.index(("layer1_rest",))

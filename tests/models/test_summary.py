@@ -13,8 +13,8 @@ from jaxcells.models.summary import Layer, layer_table, summarize, totals, write
 
 
 @functools.cache
-def _summary(name, norms=True):
-    return summarize(create_model(name, num_classes=1000, norms=norms), (224, 224, 3))
+def _summary(name):
+    return summarize(create_model(name, num_classes=1000), (224, 224, 3))
 
 
 def _rows(layers):
@@ -71,17 +71,6 @@ def test_rows_of_a_residual_network_in_order():
     assert rows["layer3_0/downsample_conv"] == projection
     assert rows["layer3_0/downsample_bn"].receptive_field == 99
     assert len(layers) == 2 * (1 + 16 + 3) + 3
-
-
-def test_plain_network_lacks_the_projections_only():
-    residual, plain = _rows(_summary("resnet34")), _rows(_summary("plain34"))
-    assert plain == {name: row for name, row in residual.items() if "downsample" not in name}
-
-
-def test_network_without_norms():
-    layers = _summary("resnet18", norms=False)
-    assert {layer.kind for layer in layers} == {"conv", "max pool", "mean", "dense"}
-    assert layers == tuple(layer for layer in _summary("resnet18") if layer.kind != "norm")
 
 
 def _probed_side(name, last, size, silent=""):
