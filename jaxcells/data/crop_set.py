@@ -138,7 +138,9 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         number = f"{len(groups)} groups in {len(used)} images"
         notes.append(f"data.split_by={settings.split_by}: {number}, such as {some(groups, 3)}")
     for note in notes:
-        logger.warning("note: %s", note)
+        # Outlines beside their images are seldom meant to be images.
+        level = logging.WARNING if "data.exclude" in note else logging.INFO
+        logger.log(level, "note: %s", note)
     per_class = collections.Counter(field.label for field in used)
     listed = ", ".join(f"{label} {number}" for label, number in sorted(per_class.items()))
     logger.info("found %d images: %s", len(used), listed)
