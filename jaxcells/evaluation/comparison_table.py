@@ -10,6 +10,8 @@ from jaxcells.evaluation.comparison import Choice, Comparison, Estimate
 from jaxcells.files import write_csv, write_whole
 from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # arguments of `text_table`
+
 _WIDTH = 100  # of the text; Markdown may be wider
 _SPLITS = ("validation", "test")
 # What a network costs: attributes of a row, how they are headed and shown.
@@ -56,15 +58,6 @@ class Row:
     train_images_per_second: float
     eval_images_per_second: float
     step_memory_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells as they are shown; `header` may have line breaks, `chosen` numbers rows."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    chosen: Sequence[int] = ()
 
 
 def write_table(
@@ -131,17 +124,28 @@ def paragraphs(
 
     Returns:
       Accuracies, cost, notes, failures, the rule and how each experiment fared by it, the paired
-      comparison on the test split.
+      comparison on the test split; ">" marks the chosen experiment.
     """
     several = any(len(row.seeds) > 1 for row in rows)
     over_seeds = "mean ± standard deviation over seeds, " if several else ""
+    estimates = [[row.validation, row.test] for row in rows]
+    names = [_marked(row.name, row.chosen) for row in rows]
+    accuracies = [
+        [name, *map(_shown, of_splits), *(f"{estimate.accuracy:.3f}" for estimate in of_splits)]
+        for name, of_splits in zip(names, estimates, strict=True)
+    ]
+    header = [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
+    costs = [
+        [name, str(len(row.seeds)), *(show(getattr(row, key)) for key, (_, show) in _COSTS.items())]
+        for name, row in zip(names, rows, strict=True)
+    ]
     return [
         f"Accuracy: {over_seeds}95 % interval over independent fields (groups), not over seeds.",
-        _accuracy_table(rows),
+        (["experiment", *header], accuracies),
         *_interval_notes(rows),
         "Cost: training time of one seed (its epochs by their median, compilation apart); "
         "multiply-adds of one crop, forward; memory that a training step needs.",
-        _cost_table(rows),
+        (["experiment", "seeds", *(head for head, _ in _COSTS.values())], costs),
         *notes,
         *(f"{name} {_status(name, rows, failures)}: {why}" for name, why in failures.items()),
         *_describe_choice(choice),
@@ -149,46 +153,17 @@ def paragraphs(
     ]
 
 
-def as_markdown(found: Sequence[str | Table]) -> str:
-    """`paragraphs` for a paper, the chosen experiment in bold."""
+def as_markdown(parts: Sequence[str | Table]) -> str:
+    """`paragraphs` for a paper."""
+    return "\n\n".join(markdown(p) if isinstance(p, str) else markdown_table(*p) for p in parts)
+
+
+def as_text(parts: Sequence[str | Table]) -> str:
+    """`paragraphs` as plain text at most 100 columns wide."""
+    fill = textwrap.TextWrapper(_WIDTH, break_on_hyphens=False).fill
     return "\n\n".join(
-        markdown_table(part.header, part.rows, bold=part.chosen)
-        if isinstance(part, Table)
-        else markdown(part)
-        for part in found
+        fill(part) if isinstance(part, str) else text_table(*part, width=_WIDTH) for part in parts
     )
-
-
-def as_text(found: Sequence[str | Table]) -> str:
-    """`paragraphs` as plain text at most 100 columns wide; ">" marks the chosen experiment."""
-    parts = []
-    for part in found:
-        if isinstance(part, Table):
-            marks = "".join(">" if n in part.chosen else " " for n in range(len(part.rows)))
-            parts.append(text_table(part.header, part.rows, marks=marks, width=_WIDTH))
-        else:
-            parts.append(textwrap.fill(part, _WIDTH, break_on_hyphens=False))
-    return "\n\n".join(parts)
-
-
-def _accuracy_table(rows: Sequence[Row]) -> Table:
-    header = ["experiment"]
-    header += [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
-    cells = []
-    for row in rows:
-        estimates = (row.validation, row.test)
-        plain = [f"{estimate.accuracy:.3f}" for estimate in estimates]
-        cells.append([row.name, *map(_shown, estimates), *plain])
-    return Table(header, cells, [n for n, row in enumerate(rows) if row.chosen])
-
-
-def _cost_table(rows: Sequence[Row]) -> Table:
-    header = ["experiment", "seeds", *(head for head, _ in _COSTS.values())]
-    cells = []
-    for row in rows:
-        costs = [show(getattr(row, key)) for key, (_, show) in _COSTS.items()]
-        cells.append([row.name, str(len(row.seeds)), *costs])
-    return Table(header, cells, [n for n, row in enumerate(rows) if row.chosen])
 
 
 def _interval_notes(rows: Sequence[Row]) -> list[str]:
@@ -210,16 +185,16 @@ def _describe_choice(choice: Choice) -> list[str | Table]:
     cells = []
     for c in choice.candidates:
         behind = "best" if c is best else _difference(c.behind)
-        cells.append([c.name, behind, "yes" if c.qualifies else "no", duration(c.seconds)])
-    outcome = f"Chosen: {chosen.name}, trained in {duration(chosen.seconds)}."
+        qualifies = "yes" if c.qualifies else "no"
+        cells.append([_marked(c.name, c is chosen), behind, qualifies, duration(c.seconds)])
+    outcome = f"Chosen (>): {chosen.name}, trained in {duration(chosen.seconds)}."
     if best is not chosen:
         outcome += (
             f" Best on validation: {best.name}, {best.estimate.balanced_accuracy:.3f} against "
             f"{chosen.estimate.balanced_accuracy:.3f}, trained in {duration(best.seconds)}."
         )
     header = ("experiment", "best less this,\nvalidation", "qualifies", "training\ntime")
-    table = Table(header, cells, [list(by_name).index(chosen.name)])
-    found: list[str | Table] = [f"Rule: {choice.rule}", table, outcome]
+    found: list[str | Table] = [f"Rule: {choice.rule}", (header, cells), outcome]
     if choice.tested_before_choice:
         tested = ", ".join(choice.tested_before_choice)
         found.append(f"Note: the test split had been opened for {tested} before this choice.")
@@ -239,7 +214,11 @@ def _describe_comparisons(chosen: str, comparisons: Mapping[str, Comparison]) ->
         "number of tests."
     )
     heads = ("chosen less this,\ntest", "only chosen\nright", "only this\nright")
-    return [caption, Table(("experiment", *heads, "McNemar p,\nfirst seeds"), cells)]
+    return [caption, (("experiment", *heads, "McNemar p,\nfirst seeds"), cells)]
+
+
+def _marked(name: str, chosen: bool) -> str:
+    return f"> {name}" if chosen else name
 
 
 def _shown(estimate: Estimate) -> str:
