@@ -17,20 +17,10 @@ from matplotlib.transforms import offset_copy
 
 from jaxcells.evaluation.comparison import Estimate
 from jaxcells.evaluation.comparison_table import Row
-from jaxcells.evaluation.figures import COLORS, epoch_curve, log_axis_if_wide, save_figure
+from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_wide, save_figure
 from jaxcells.text import shortened
 
 _DPI = 300
-_FONT = 9  # points, at the width of a page
-_PAGE: Any = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": _FONT + 1,
-    "font.size": _FONT,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
 # More experiments than colours take the next line style.
 _STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
 # Units of time, and the seconds up to which each is used.
@@ -39,7 +29,7 @@ _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 
-@rc_context(_PAGE)
+@rc_context(PAGE)
 def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
     """Draw balanced accuracy with its 95 % interval against the training time.
 
@@ -75,7 +65,7 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path, dpi=_DPI)
 
 
-@rc_context(_PAGE)
+@rc_context(PAGE)
 def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -> None:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
