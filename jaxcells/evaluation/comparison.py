@@ -120,9 +120,6 @@ def choose(
       predictions: {experiment: int [S, N]} on the validation split; S may differ.
       split: the validation split.
       seconds: {experiment: seconds of training}, with the same names.
-
-    Raises:
-      ValueError: no experiment, labels out of range, or lengths that differ.
     """
     estimates = {name: estimate(predicted, split) for name, predicted in predictions.items()}
     score = {name: round(e.balanced_accuracy, _DECIMALS) for name, e in estimates.items()}
@@ -169,9 +166,6 @@ def paired_difference(
 
     Returns:
       A less B, exactly 0 for a tie.
-
-    Raises:
-      ValueError: shapes that do not fit.
     """
     hits_a, crops = _hits(predictions_a, split)
     hits_b, _ = _hits(predictions_b, split)

@@ -67,43 +67,34 @@ def write_table(
 
     The latter has a line per experiment: raw numbers in seconds and bytes. The columns of each
     split are `validation_balanced_accuracy`, `…_deviation` over seeds, `…_low` and `…_high` (the
-    95 % interval), and the same of `accuracy`.
+    95 % interval), and the same of `accuracy`. A line for each failure follows.
 
     Args:
       folder: where the files go.
       rows: the experiments.
-      failures: why an experiment, or one of its seeds, was not trained to the end, by its name.
+      failures: why a training did not come to its end, by its label.
       parts: what `paragraphs` gave.
     """
-    lines = [_csv_line(row) for row in rows]
-    header, found = [*lines[0], "failure"], {row.name for row in rows}
-    lines += [{"experiment": name, "chosen": False} for name in failures if name not in found]
-    for line in lines:
-        line["failure"] = failures.get(line["experiment"])
-        line["status"] = _status(line["experiment"], rows, failures)
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        line = {
+            "experiment": row.name,
+            "chosen": row.chosen,
+            "seeds": " ".join(map(str, row.seeds)),
+        }
+        for split in _SPLITS:
+            estimate = getattr(row, split)
+            for key in ("balanced_accuracy", "accuracy"):
+                low, high = estimate.interval_95[key]
+                line[f"{split}_{key}"] = getattr(estimate, key)
+                line[f"{split}_{key}_deviation"] = getattr(estimate, f"{key}_deviation")
+                line |= {f"{split}_{key}_low": low, f"{split}_{key}_high": high}
+        lines.append(line | {key: getattr(row, key) for key in _COSTS})
+    header = [*lines[0], "failure"]
+    lines += [{"experiment": label, "failure": text} for label, text in failures.items()]
     write_csv(folder / "table.csv", header, [[line.get(key) for key in header] for line in lines])
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
-
-
-def _status(name: str, rows: Sequence[Row], failures: Mapping[str, str]) -> str:
-    """Either "finished", "failed", or "partly failed" where only some seeds were trained."""
-    if name not in failures:
-        return "finished"
-    return "partly failed" if name in {row.name for row in rows} else "failed"
-
-
-def _csv_line(row: Row) -> dict[str, Any]:
-    line: dict[str, Any] = {"experiment": row.name, "status": "", "chosen": row.chosen}
-    line["seeds"] = " ".join(map(str, row.seeds))
-    for split in _SPLITS:
-        estimate = getattr(row, split)
-        for key in ("balanced_accuracy", "accuracy"):
-            low, high = estimate.interval_95[key]
-            line[f"{split}_{key}"] = getattr(estimate, key)
-            line[f"{split}_{key}_deviation"] = getattr(estimate, f"{key}_deviation")
-            line |= {f"{split}_{key}_low": low, f"{split}_{key}_high": high}
-    return line | {key: getattr(row, key) for key in _COSTS}
 
 
 def paragraphs(
@@ -117,7 +108,7 @@ def paragraphs(
 
     Args:
       rows: the experiments, in the order to show them.
-      failures: why an experiment, or one of its seeds, was not trained to the end, by its name.
+      failures: why a training did not come to its end, by its label.
       choice: what the rule chose.
       comparisons: `compare_with` of the chosen experiment on the test split.
       notes: sentences that belong to the figures.
@@ -147,7 +138,7 @@ def paragraphs(
         "multiply-adds of one crop, forward; memory that a training step needs.",
         (["experiment", "seeds", *(head for head, _ in _COSTS.values())], costs),
         *notes,
-        *(f"{name} {_status(name, rows, failures)}: {why}" for name, why in failures.items()),
+        *(f"{label} failed: {text}" for label, text in failures.items()),
         *_describe_choice(choice),
         *(_describe_comparisons(choice.chosen, comparisons) if comparisons else []),
     ]
@@ -167,16 +158,13 @@ def as_text(parts: Sequence[str | Table]) -> str:
 
 
 def _interval_notes(rows: Sequence[Row]) -> list[str]:
-    """Every note once, with the experiments it is about unless it is about all."""
+    """Every note once, with the experiments that it is about."""
     about: dict[str, list[str]] = {}
     for row in rows:
         for split in _SPLITS:
             if note := getattr(row, split).interval_note:
                 about.setdefault(f"{split}: {note}", []).append(row.name)
-    whom = {note: f" ({', '.join(names)})" for note, names in about.items()}
-    return [
-        f"Note on {note}{whom[note] if len(about[note]) < len(rows) else ''}." for note in about
-    ]
+    return [f"Note on {note} ({', '.join(names)})." for note, names in about.items()]
 
 
 def _describe_choice(choice: Choice) -> list[str | Table]:

@@ -124,7 +124,7 @@ def classification_metrics(
       seed: of the replicates.
 
     Raises:
-      ValueError: NaN or rows that are no probabilities, labels out of range, lengths that differ.
+      ValueError: NaN or rows that are no probabilities, of another number than there are labels.
     """
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     if not len(labels) or probabilities.shape != (len(labels), len(class_names)):
@@ -199,19 +199,11 @@ def count_by_unit(
     Args:
       right: bool [N], whether each crop is classified rightly.
       split: its crops.
-
-    Raises:
-      ValueError: labels out of range, lengths that differ.
     """
-    labels, num_classes = split.labels, len(split.class_names)
-    if len(labels) != len(split.groups):
-        raise ValueError(f"{len(split.groups)} groups for {len(labels)} labels")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels {labels.min()} to {labels.max()} for {num_classes} classes")
     names, index = np.unique(split.groups, return_inverse=True)
-    hits, crops = np.zeros((2, len(names), num_classes), np.int64)
-    np.add.at(hits, (index, labels), right)
-    np.add.at(crops, (index, labels), 1)
+    hits, crops = np.zeros((2, len(names), len(split.class_names)), np.int64)
+    np.add.at(hits, (index, split.labels), right)
+    np.add.at(crops, (index, split.labels), 1)
     return hits, crops
 
 

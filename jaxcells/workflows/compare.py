@@ -219,14 +219,11 @@ def report(
                 step_memory_bytes=max(r.memory["train_step_bytes"] for r in found),
             )
         )
-    seeds = {e.label: e.seed for e in experiments}
-    texts = {label: f"seed {seeds[label]}: {text}" for label, text in failures.items()}
-    failed = {name: "; ".join(of) for name, of in _by_name(experiments, texts).items()}
     comparisons = compare_with(choice.chosen, predictions, split)
     notes = circumstances(base, done, rows, results[done[0].label].baseline.test_accuracy)
-    parts = comparison_table.paragraphs(rows, failed, choice, comparisons, notes)
+    parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
-    comparison_table.write_table(folder, rows, failed, parts)
+    comparison_table.write_table(folder, rows, failures, parts)
     plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
     plot_curves_together(_by_name(done, records), folder / "curves.png")
     everything = {
