@@ -20,8 +20,6 @@ RULE = (
     "within the best one's interval: the 95 % paired bootstrap interval over independent fields of "
     "the difference, best less candidate, reaches down to 0."
 )
-# Below any difference of two accuracies, above what rounding leaves of a sum that is zero.
-_DECIMALS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def choose(
       seconds: {experiment: seconds of training}, with the same names.
     """
     estimates = {name: estimate(predicted, split) for name, predicted in predictions.items()}
-    score = {name: round(e.balanced_accuracy, _DECIMALS) for name, e in estimates.items()}
+    score = {name: round(e.balanced_accuracy, metrics.DECIMALS) for name, e in estimates.items()}
     best = min(score, key=lambda name: (-score[name], seconds[name]))
     candidates = []
     for name, predicted in predictions.items():
@@ -173,12 +171,8 @@ def paired_difference(
     gain = len(hits_b) * hits_a.sum(axis=0) - len(hits_a) * hits_b.sum(axis=0)
     gain = gain / (len(hits_a) * len(hits_b))
     intervals, note = metrics.bootstrap_intervals(gain, crops, split)
-    intervals = {
-        key: tuple(None if end is None else _rounded(end) for end in interval)
-        for key, interval in intervals.items()
-    }
-    accuracy, balanced_accuracy = map(_rounded, metrics.accuracies(gain, crops))
-    return Estimate(accuracy, balanced_accuracy, intervals, note)
+    means = [round(mean, metrics.DECIMALS) + 0.0 for mean in metrics.accuracies(gain, crops)]
+    return Estimate(*means, intervals, note)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -218,7 +212,3 @@ def _hits(
     """Crops of every unit and true class that each network has right [S, U, K], and all [U, K]."""
     counts = [metrics.count_by_unit(row == split.labels, split) for row in np.asarray(predictions)]
     return np.stack([hits for hits, _ in counts]), counts[0][1]
-
-
-def _rounded(value: float) -> float:
-    return round(value, _DECIMALS) + 0.0

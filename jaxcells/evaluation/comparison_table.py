@@ -117,21 +117,17 @@ def paragraphs(
       Accuracies, cost, notes, failures, the rule and how each experiment fared by it, the paired
       comparison on the test split; ">" marks the chosen experiment.
     """
-    several = any(len(row.seeds) > 1 for row in rows)
-    over_seeds = "mean ± standard deviation over seeds, " if several else ""
-    estimates = [[row.validation, row.test] for row in rows]
-    names = [_marked(row.name, row.chosen) for row in rows]
-    accuracies = [
-        [name, *map(_shown, of_splits), *(f"{estimate.accuracy:.3f}" for estimate in of_splits)]
-        for name, of_splits in zip(names, estimates, strict=True)
-    ]
+    accuracies, costs = [], []
+    for row in rows:
+        name, estimates = _marked(row.name, row.chosen), (row.validation, row.test)
+        plain = [f"{estimate.accuracy:.3f}" for estimate in estimates]
+        accuracies.append([name, *map(_shown, estimates), *plain])
+        shown = [show(getattr(row, key)) for key, (_, show) in _COSTS.items()]
+        costs.append([name, str(len(row.seeds)), *shown])
     header = [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
-    costs = [
-        [name, str(len(row.seeds)), *(show(getattr(row, key)) for key, (_, show) in _COSTS.items())]
-        for name, row in zip(names, rows, strict=True)
-    ]
     return [
-        f"Accuracy: {over_seeds}95 % interval over independent fields (groups), not over seeds.",
+        "Accuracy: mean ± standard deviation over seeds where there are several; 95 % interval "
+        "over independent fields (groups), not over seeds.",
         (["experiment", *header], accuracies),
         *_interval_notes(rows),
         "Cost: training time of one seed (its epochs by their median, compilation apart); "

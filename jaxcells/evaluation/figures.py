@@ -123,9 +123,8 @@ def plot_confusion(
         axes.text(column, row, text, color=color, **style)
 
     names = [shortened(name, 28) for name in class_names]
-    fits = max(map(len, names)) * 0.09 < cell  # inches that the longest name takes
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(num_classes), names, **_LITERAL, **({} if fits else slanted))
+    axes.set_xticks(range(num_classes), names, **_LITERAL, **slanted)
     axes.set_yticks(range(num_classes), names, **_LITERAL)
     axes.tick_params(length=0)
     axes.set(xlabel="predicted", ylabel="true")

@@ -16,6 +16,8 @@ _SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 # With fewer units than this in a class, no interval over units keeps its promise.
 _FEW_UNITS = 5
 _LEVEL = 0.95
+# Below any difference of two accuracies, above what rounding leaves of a sum that is zero.
+DECIMALS = 12
 _WIDTH = 80  # of the summary
 _KEYS = ("accuracy", "balanced_accuracy")
 
@@ -262,7 +264,8 @@ def bootstrap_intervals(
         )
     means = totals.sum(axis=1) / counts.sum(axis=1), (totals[whole] / counts[whole]).mean(axis=1)
     ends = (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
-    intervals = [tuple(np.quantile(mean, ends).tolist()) for mean in means]
+    quantiles = [np.quantile(mean, ends).round(DECIMALS) + 0.0 for mean in means]
+    intervals = [tuple(pair.tolist()) for pair in quantiles]
     return dict(zip(_KEYS, intervals, strict=True)), "; ".join(notes) or None
 
 

@@ -84,6 +84,8 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                     seconds[e.label] = progress.typical_train_s(e.config.optim.freeze_epochs)
                     untested[e.label] = progress
                 network = predict.load_network(run, "best", compiled)
+                if network.meta.manifest_sha256 != data.crop_set.manifest_sha256:
+                    raise Error(f"{run} was trained on other crops; delete it to train it again")
                 batch_size = e.config.train.batch_size
                 found, _ = predict.predict_split(network, data.arrays["val"], batch_size)
                 predictions[e.label] = found.argmax(axis=1)
@@ -102,7 +104,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                 if progress := untested.get(e.label):
                     train.open_test_split(e.config, runs[e.label], data, progress, compiled)
             if mesh.is_primary():
-                report(base, experiments, workdir, data, choice, failures)
+                report(base, done, workdir, data, choice, failures)
                 logger.info("tables and figures are in %s", workdir.comparison)
         if failures:
             listed = "; ".join(f"{label}: {text}" for label, text in failures.items())
@@ -124,18 +126,10 @@ def _read_results(run: Workdir) -> RunResults:
 
 
 def _read_predictions(run: Workdir, data: PreparedData) -> np.ndarray:
-    """Reads the predicted classes, int [N], of the test split of a tested run.
-
-    Raises:
-      Error: there are none, or they are of other crops.
-    """
-    path, rows = run.predictions("test"), []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-    if [row["path"] for row in rows] != [record.crop for record in data.arrays["test"].records]:
-        raise Error(f"{path}: missing or of other crops; delete {run.results} to predict again")
-    return np.array([data.crop_set.class_names.index(row["prediction"]) for row in rows])
+    """Reads the predicted classes, int [N], of the test split of a tested run."""
+    path, class_names = run.predictions("test"), data.crop_set.class_names
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return np.array([class_names.index(row["prediction"]) for row in csv.DictReader(file)])
 
 
 def _by_name(experiments: Sequence[Experiment], values: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -173,7 +167,7 @@ def _keep(choice: Choice, workdir: Workdir, runs: Mapping[str, Workdir]) -> Choi
 
 def report(
     base: ConfigDict,
-    experiments: Sequence[Experiment],
+    done: Sequence[Experiment],
     workdir: Workdir,
     data: PreparedData,
     choice: Choice,
@@ -183,13 +177,12 @@ def report(
 
     Args:
       base: the config of the crops.
-      experiments: all that were asked for; what they found is read from their folders.
+      done: those that were trained; what they found is read from their folders.
       workdir: the comparison's folder.
       data: the crops.
       choice: what was chosen, before any of these was tested.
       failures: why some were not trained, by label.
     """
-    done = [e for e in experiments if e.label not in failures]
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in done}
     results = {label: _read_results(run) for label, run in runs.items()}
     records = {label: read_metrics(run.metrics) for label, run in runs.items()}
