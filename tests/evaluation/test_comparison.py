@@ -281,15 +281,6 @@ def test_a_class_of_a_single_field_leaves_ties_alone_to_qualify():
     assert "1 of 'B'): no interval can be given" in choice.candidates[0].behind.interval_note
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"groups": np.zeros(199)}, "199 groups"), ({"labels": np.full(200, 2)}, "labels 2 to 2")],
-)
-def test_bugs_of_the_caller_raise(change, message):
-    with pytest.raises(ValueError, match=message):
-        choose({"a": wrong_at(FIELDS)}, dataclasses.replace(FIELDS, **change), {"a": 1})
-
-
 # After the choice
 
 

@@ -250,9 +250,15 @@ def test_stopped_anywhere_it_goes_on_there_and_trains_nothing_twice(
     assert calls == 2 * STEPS + 1
     assert column(workdir.comparison / "table.csv", "seeds") == ["1"]
     assert read(workdir.comparison / "choice.json")["tested_before_choice"] == [LABELS[1]]
-    path = run_of(workdir, LABELS[1]).predictions("test")
-    path.write_text(path.read_text().replace("A/", "C/"))
-    with pytest.raises(Error, match=r"predictions_test\.csv: missing or of other crops; delete"):
+    prepare = train.prepare_together
+
+    def other_crops(config, workdir):
+        data = prepare(config, workdir)
+        crop_set = dataclasses.replace(data.crop_set, manifest_sha256="0")
+        return dataclasses.replace(data, crop_set=crop_set)
+
+    monkeypatch.setattr(train, "prepare_together", other_crops)
+    with pytest.raises(Error, match="resnet18_seed1 was trained on other crops; delete it"):
         compare(base, [second], workdir)
 
 
@@ -271,8 +277,8 @@ def test_one_that_fails_is_reported_and_the_others_go_on(copy, experiments, monk
         with pytest.raises(Error, match=rf"1 of the trainings failed \({message}\); the same"):
             compare(base, four, copy)
     assert tried == [LABELS[0]] * 2
-    assert column(copy.comparison / "table.csv", "status") == ["partly failed", "finished"]
-    assert column(copy.comparison / "table.csv", "seeds") == ["1", "0 1"]
+    assert column(copy.comparison / "table.csv", "experiment") == [*NAMES, LABELS[0]]
+    assert column(copy.comparison / "table.csv", "seeds") == ["1", "0 1", ""]
     assert "out of memory" in (copy.comparison / "table.md").read_text()
 
     with pytest.raises(Error, match="1 of the trainings failed"):
@@ -292,7 +298,7 @@ def test_a_copy_with_the_links_followed_goes_on_and_leaves_no_array(
     compare(*experiments, workdir)
     gc.collect()
     assert len(jax.live_arrays()) <= before
-    assert column(workdir.comparison / "table.csv", "status") == ["finished", "finished"]
+    assert column(workdir.comparison / "table.csv", "failure") == ["", ""]
 
 
 def test_other_crops_another_config_and_workdirs_of_runs_are_refused(
