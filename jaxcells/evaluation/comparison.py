@@ -196,9 +196,7 @@ def compare_with(
 ) -> dict[str, Comparison]:
     """Compares one experiment with each of the others on the same crops, usually the test split."""
     comparisons = {}
-    for name in predictions:
-        if name == chosen:
-            continue
+    for name in [name for name in predictions if name != chosen]:
         a, b = (np.asarray(predictions[n])[0] == split.labels for n in (chosen, name))
         only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
         difference = paired_difference(predictions[chosen], predictions[name], split)

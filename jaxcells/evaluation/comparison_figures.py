@@ -20,7 +20,6 @@ from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_wide, save_figure
 from jaxcells.text import shortened
 
-_DPI = 300
 # More experiments than colours take the next line style.
 _STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
 # Units of time, and the seconds up to which each is used.
@@ -62,7 +61,7 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
         Line2D([], [], marker="o", ms=11, mfc="none", mew=1.6, label="chosen", **grey),
     ]
     figure.legend(handles=keys, loc="outside right upper")
-    save_figure(figure, path, dpi=_DPI)
+    save_figure(figure, path, dpi=300)
 
 
 @rc_context(PAGE)
@@ -89,7 +88,7 @@ def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5))
-    save_figure(figure, path, dpi=_DPI)
+    save_figure(figure, path, dpi=300)
 
 
 def _draw_seeds(

@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib import rc_context
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -48,8 +47,8 @@ _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-@rc_context(PAGE)
-def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path, *, best_step: int) -> None:
+@matplotlib.rc_context(PAGE)
+def plot_curves(records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int) -> None:
     """Draws loss and accuracy against the epoch, for training and validation.
 
     The loss has a logarithmic axis where it asks for one. A validation loss that swings far above
@@ -99,7 +98,7 @@ def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
 
 
 def plot_confusion(
-    confusion: npt.ArrayLike, class_names: Sequence[str], path: str | Path, *, title: str
+    confusion: npt.ArrayLike, class_names: Sequence[str], path: Path, *, title: str
 ) -> None:
     """Draws a confusion matrix [K, K] of counts, rows true, as counts and shares of the row."""
     confusion = np.asarray(confusion)
@@ -133,7 +132,7 @@ def plot_confusion(
 
 
 def plot_crops_sheet(
-    crops: Mapping[str, Sequence[npt.NDArray[Any]]], path: str | Path, *, title: str = ""
+    crops: Mapping[str, Sequence[npt.NDArray[Any]]], path: Path, *, title: str = ""
 ) -> None:
     """Draws example crops, one row per class.
 
@@ -171,7 +170,7 @@ def plot_crops_sheet(
 
 
 def plot_examples(
-    images: npt.NDArray[Any], labels: npt.NDArray[Any], class_names: Sequence[str], path: str | Path
+    images: npt.NDArray[Any], labels: npt.NDArray[Any], class_names: Sequence[str], path: Path
 ) -> None:
     """Draws eight crops of every class, taken evenly over a split: what the network gets to see.
 
@@ -189,9 +188,8 @@ def plot_examples(
     plot_crops_sheet(rows, path, title="training crops")
 
 
-def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
+def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     """Writes a PNG that is either whole or not there; print wants a `dpi` of 300."""
-    path = Path(path)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1)
     os.replace(partial, path)

@@ -185,8 +185,8 @@ def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
 
 def test_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     code = (
-        "import sys; from jaxcells.evaluation.figures import plot_confusion;"
-        f"plot_confusion([[1, 0], [0, 1]], ['A', 'B'], {str(tmp_path / 'c.png')!r}, title='');"
+        "import sys; from jaxcells.evaluation.figures import Path, plot_confusion;"
+        f"plot_confusion([[1, 0], [0, 1]], 'AB', Path({str(tmp_path / 'c.png')!r}), title='');"
         "print({'matplotlib.pyplot', 'tkinter', 'jax'} & set(sys.modules))"
     )
     environment = {"MPLBACKEND": "TkAgg", "PATH": "", "MPLCONFIGDIR": str(tmp_path)}
