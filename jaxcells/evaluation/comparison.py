@@ -171,8 +171,9 @@ def paired_difference(
     gain = len(hits_b) * hits_a.sum(axis=0) - len(hits_a) * hits_b.sum(axis=0)
     gain = gain / (len(hits_a) * len(hits_b))
     intervals, note = metrics.bootstrap_intervals(gain, crops, split)
-    means = [round(mean, metrics.DECIMALS) + 0.0 for mean in metrics.accuracies(gain, crops)]
-    return Estimate(*means, intervals, note)
+    means = metrics.accuracies(gain, crops)
+    accuracy, balanced_accuracy = (round(mean, metrics.DECIMALS) + 0.0 for mean in means)
+    return Estimate(accuracy, balanced_accuracy, intervals, note)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

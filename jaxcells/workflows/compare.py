@@ -87,8 +87,8 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                 if network.meta.manifest_sha256 != data.crop_set.manifest_sha256:
                     raise Error(f"{run} was trained on other crops; delete it to train it again")
                 batch_size = e.config.train.batch_size
-                found, _ = predict.predict_split(network, data.arrays["val"], batch_size)
-                predictions[e.label] = found.argmax(axis=1)
+                probabilities, _ = predict.predict_split(network, data.arrays["val"], batch_size)
+                predictions[e.label] = probabilities.argmax(axis=1)
             except (Error, MemoryError, jax.errors.JaxRuntimeError) as error:
                 failures[e.label] = one_line(error)
                 logger.warning("%s failed: %s", e.label, error)
@@ -101,8 +101,8 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
             choice = _keep(choice, workdir, {e.label: runs[e.label] for e in done})
             logger.info("chosen by validation: %s", choice.chosen)
             for e in done:
-                if progress := untested.get(e.label):
-                    train.open_test_split(e.config, runs[e.label], data, progress, compiled)
+                if trained := untested.get(e.label):
+                    train.open_test_split(e.config, runs[e.label], data, trained, compiled)
             if mesh.is_primary():
                 report(base, done, workdir, data, choice, failures)
                 logger.info("tables and figures are in %s", workdir.comparison)

@@ -38,6 +38,9 @@ def two_blocks(name, *, num_classes, width, norms, scan, **_):
 class TwoLayers(nn.Module):
     num_classes: int
 
+    def layout(self):
+        return []
+
     @nn.compact
     def __call__(self, x, *, train):
         x = nn.relu(nn.Dense(5, name="conv1")(x.reshape(len(x), -1)))
