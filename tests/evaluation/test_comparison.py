@@ -293,9 +293,8 @@ def test_the_chosen_is_compared_with_each_other():
     compared = compare_with("chosen", predictions, FIELDS)
     assert list(compared) == ["worse", "same"]
     worse, same = compared.values()
-    assert worse.difference == paired_difference(
-        predictions["chosen"], predictions["worse"], FIELDS
-    )
+    of = (predictions["chosen"], predictions["worse"])
+    assert worse.difference == paired_difference(*of, FIELDS)
     assert worse.difference.balanced_accuracy == pytest.approx(0.1 - 0.005, abs=1e-12)
     # The first networks of each: crop 0 is wrong in both, 15 in the chosen, 19 more in the other.
     assert (worse.only_chosen_right, worse.only_other_right) == (19, 1)

@@ -165,7 +165,6 @@ def test_text_fits_100_columns(name):
 def test_files_hold_the_table_and_raw_numbers(tmp_path):
     row = dataclasses.replace(RESNET34, seeds=(0, 1), test=figures(0.9, 0.8, 1, deviation=0.01))
     write_table(tmp_path, [row], FAILED, paragraphs([row], FAILED, CHOICE, {}, []))
-    assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "table.md"}
     assert (tmp_path / "table.md").read_text("utf-8") == markdown([row]) + "\n"
     header, first, second = (tmp_path / "table.csv").read_text("utf-8").splitlines()
     estimates = [
