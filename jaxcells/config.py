@@ -36,6 +36,10 @@ def _is_expression(text: object) -> bool:
 
 
 _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
+    "init": (
+        lambda x: x in ("imagenet", "random") or (x and Path(x).expanduser().exists()),
+        "imagenet, random, or a file or workdir that is there",
+    ),
     "init_conv1": _one_of("adapt", "fresh"),
     "model.dtype": _one_of("float32", "bfloat16"),
     "data.normalize": _one_of("auto", "imagenet", "percentile"),
@@ -154,13 +158,6 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
             parse(value)
         except Error as error:
             yield str(error)
-    if config.init not in ("imagenet", "random") and not (
-        config.init and Path(config.init).expanduser().exists()
-    ):
-        yield (
-            f"init={config.init!r} is neither imagenet nor random, and there is no such file or "
-            "workdir"
-        )
     if config.init == "imagenet" and model.width != 64:
         yield f"model.width={model.width} does not fit init=imagenet, whose width is 64"
     if data.source == "folder" and not data.root:
@@ -181,13 +178,6 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
             f"optim.freeze_epochs={optim.freeze_epochs} leaves no epoch of "
             f"{config.train.num_epochs} for the rest; use 0 to freeze for the whole run"
         )
-    fresh = config.init_conv1 == "fresh" and config.init != "random" and not optim.freeze_epochs
-    for pattern in optim.freeze if fresh and "optim.freeze" not in wrong else ():
-        if re.match(pattern, "conv1/kernel"):
-            yield (
-                f"optim.freeze: {pattern!r} would keep the random kernels of init_conv1=fresh; "
-                "leave conv1 out, for instance optim.freeze='(?!conv1|bn1|fc)'"
-            )
 
 
 def data_source(config: ConfigDict) -> str:

@@ -1,5 +1,6 @@
 """How tables, numbers and times are written for people, everywhere the same."""
 
+import re
 from collections.abc import Sequence
 
 _SHORTEST_NAME = 12
@@ -60,12 +61,7 @@ def by(shape: Sequence[int]) -> str:
 
 
 def text_table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    left: int = 1,
-    marks: str = "",
-    width: int = 0,
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int = 0
 ) -> str:
     """A table in columns of one width each.
 
@@ -73,32 +69,24 @@ def text_table(
       header: the head of every column; may have line breaks.
       rows: the cells.
       left: so many columns are justified to the left, the others to the right.
-      marks: a character in front of every row; "" leaves them out.
       width: of the whole table, for which names in the first column are shortened; 0 for any.
     """
     heads = [head.split("\n") for head in header]
     height = max(map(len, heads))
     lines = zip(*([""] * (height - len(head)) + head for head in heads), strict=True)
     table = [list(line) for line in (*lines, *rows)]
-    margins = [f"{mark} " for mark in " " * height + marks] if marks else [""] * len(table)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     if width:
-        room = width - len(margins[0]) - sum(2 + column for column in widths[1:])
+        room = width - sum(2 + column for column in widths[1:])
         widths[0] = min(widths[0], max(_SHORTEST_NAME, room))
     for cells in table:
         cells[0] = shortened(cells[0], widths[0])
-    return "\n".join(
-        (margin + "  ".join(_justified(cells, widths, left))).rstrip()
-        for margin, cells in zip(margins, table, strict=True)
-    )
+    return "\n".join("  ".join(_justified(cells, widths, left)).rstrip() for cells in table)
 
 
-def markdown_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, bold: Sequence[int] = ()
-) -> str:
-    """A table in Markdown, whose source is a table too; `bold` numbers rows."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table in Markdown, whose source is a table too; see `text_table`."""
     cells = [[markdown(cell) for cell in row] for row in rows]
-    cells = [[f"**{c}**" for c in row] if n in bold else row for n, row in enumerate(cells)]
     heads = [head.replace("-\n", "-").replace("\n", " ") for head in header]
     widths = [max(3, *map(len, column)) for column in zip(heads, *cells, strict=True)]
     rule = ["-" * w if n < left else "-" * (w - 1) + ":" for n, w in enumerate(widths)]
@@ -115,6 +103,4 @@ def _justified(cells: Sequence[str], widths: Sequence[int], left: int) -> list[s
 
 def markdown(text: str) -> str:
     """`text` with what Markdown would take for its own escaped."""
-    for character in "\\|*_<`":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return re.sub(r"[\\|*_<`]", r"\\\g<0>", text)

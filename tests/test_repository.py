@@ -149,12 +149,11 @@ def test_no_file_holds_a_note_to_self_or_a_path_of_one_machine():
     assert not found
 
 
-def test_readme_and_continuous_integration_run_one_command():
+def test_continuous_integration_runs_the_command_of_the_readme_and_the_slow_tests():
     blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
     in_readme = [line for line in "".join(blocks).splitlines() if "pytest" in line]
     in_ci = [line for line in (ROOT / ".ci/run").read_text().splitlines() if "pytest" in line]
-    assert len(in_ci) == 1
-    assert in_ci[0] in in_readme
+    assert in_ci == [*in_readme, ".venv/bin/pytest -m slow"]
     assert in_ci[0].startswith("python3 -m venv .venv && ")
 
 

@@ -1,5 +1,6 @@
 """Crops decoded once into memory-mapped arrays, every pixel checked against the manifest."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -51,12 +52,10 @@ def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]
       Error: arrays have to be made, and the pixels of a crop are not those of the manifest.
     """
     if directory.exists():
-        try:
+        with contextlib.suppress(OSError, ValueError, EOFError):  # missing or not whole
             arrays = _open(crop_set, directory)
-        except (OSError, ValueError, EOFError):  # missing or not whole
-            arrays = {}
-        if arrays and all(map(_are_those_of_manifest, arrays.values())):
-            return arrays
+            if all(map(_are_those_of_manifest, arrays.values())):
+                return arrays
         logger.warning("%s: not the pixels of the manifest; decoding the crops again", directory)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -65,14 +65,13 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     # The study's plain random split shares fields: there that is what was asked for.
     split_crops = crop_set.settings.split_by == "crop" and not crop_set.came_split
     for what, attribute in (("images", "source"), ("groups", "group")):
-        names = [getattr(record, attribute) for record in records]
-        shared = _clashes(records, names, "split")
-        if shared and not split_crops:
-            example = getattr(shared[0][0], attribute)
-            errors.append(f"{len(shared)} {what} in two splits, such as {example}")
-        elif shared and what == "images":
+        clashes = _clashes(records, [getattr(record, attribute) for record in records], "split")
+        if clashes and not split_crops:
+            example = getattr(clashes[0][0], attribute)
+            errors.append(f"{len(clashes)} {what} in two splits, such as {example}")
+        elif clashes and what == "images":
             warnings.append(
-                f"data.split_by=crop: {len(shared)} images give crops to two or more splits; "
+                f"data.split_by=crop: {len(clashes)} images give crops to two or more splits; "
                 f"training crops show {shared_pixels['val']:.1%} of the validation pixels and "
                 f"{shared_pixels['test']:.1%} of the test pixels: the figures overstate how well "
                 "new images are told apart"
@@ -80,11 +79,11 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     # Copies under other names are known by their pixels: whole images first, then crops.
     distinctive = [record for record in records if record.crop not in flat]
     images = [crop_set.sources[record.source]["sha256"] for record in distinctive]
-    crops = [record.sha256 for record in distinctive]
+    pixels = [record.sha256 for record in distinctive]
     for what, attribute in (("splits", "split"), ("classes", "label")):
         clashes = _clashes(distinctive, images, attribute)
         copies = [(a.source, b.source) for a, b in clashes if a.source != b.source]
-        same_crops = [(a.crop, b.crop) for a, b in _clashes(distinctive, crops, attribute)]
+        same_crops = [(a.crop, b.crop) for a, b in _clashes(distinctive, pixels, attribute)]
         if copies and not (split_crops and what == "splits"):
             errors.append(
                 f"{len(copies)} images are there twice, under two names in two {what}, such as "
@@ -99,7 +98,20 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
             f"{len(flat)} of {len(records)} crops are nearly constant, such as {min(flat)}; "
             "data.min_foreground=0.1 redraws empty crops"
         )
-    warnings += [*_few_fields(counts), *_imbalance(counts["train"])]
+    for split in ("val", "test"):
+        fields = {name: count["fields"] for name, count in counts[split].items()}
+        if few := [f"{name} {number}" for name, number in fields.items() if number < _FEW_FIELDS]:
+            warnings.append(
+                f"few independent fields in {split} ({', '.join(few)}): crops of one field are "
+                "alike, so its intervals are wide or cannot be trusted"
+            )
+    crops = {name: count["crops"] for name, count in counts["train"].items()}
+    most, least = max(crops, key=crops.__getitem__), min(crops, key=crops.__getitem__)
+    if crops[most] > _IMBALANCE * crops[least]:
+        warnings.append(
+            f"classes are unequal: {most} has {crops[most]} training crops, {least} "
+            f"{crops[least]}; read balanced accuracy, and consider optim.class_weights=balanced"
+        )
     warnings += _shortcuts(crop_set.field_kinds)
     return Audit(tuple(errors), tuple(warnings), counts, shared_pixels)
 
@@ -172,26 +184,6 @@ def _counts(records: Sequence[CropRecord], class_names: Sequence[str]) -> Counts
         return {"crops": len(groups), "fields": len(set(groups))}
 
     return {split: {name: count(split, name) for name in class_names} for split in SPLITS}
-
-
-def _few_fields(counts: Counts) -> Iterator[str]:
-    for split in ("val", "test"):
-        few = [f"{n} {c['fields']}" for n, c in counts[split].items() if c["fields"] < _FEW_FIELDS]
-        if few:
-            yield (
-                f"few independent fields in {split} ({', '.join(few)}): crops of one field are "
-                "alike, so its intervals are wide or cannot be trusted"
-            )
-
-
-def _imbalance(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    crops = {name: count["crops"] for name, count in counts.items()}
-    most, least = max(crops, key=crops.__getitem__), min(crops, key=crops.__getitem__)
-    if crops[most] > _IMBALANCE * crops[least]:
-        yield (
-            f"classes are unequal: {most} has {crops[most]} training crops, {least} "
-            f"{crops[least]}; read balanced accuracy, and consider optim.class_weights=balanced"
-        )
 
 
 def _shortcuts(field_kinds: Counts) -> Iterator[str]:

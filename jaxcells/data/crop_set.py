@@ -13,7 +13,6 @@ import hashlib
 import logging
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,11 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     root = Path(root).expanduser()
     if directory.exists():
         crop_set = open_crop_set(directory)
-        _check_same_settings(crop_set, settings)
+        before, now = dataclasses.asdict(crop_set.settings), dataclasses.asdict(settings)
+        changed = [key for key in now if now[key] != before[key]]
+        if changed:
+            listed = "; ".join(f"data.{k} was {before[k]!r}, now {now[k]!r}" for k in changed)
+            raise Error(f"{directory} was drawn with other settings: {listed}; {_AGAIN}")
         _check_same_sources(crop_set, root)
         logger.info("reusing %d crops in %s", len(crop_set.records), directory)
         return crop_set
@@ -124,14 +127,24 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         size = 0
     used, notes = usable_fields(fields, size or None, settings.border)
     used = with_groups(used, settings.split_by)
-    notes += _notes(used, settings.split_by, whole=not size)
+    notes += image_notes(used)
+    if not size:
+        notes.append(
+            "images are used whole, as crops that were made elsewhere; those cut from one image "
+            "need a group in common (data.split_by), or test and training share images"
+        )
+    if settings.split_by not in ("field", "crop"):
+        groups = sorted({field.group for field in used})
+        number = f"{len(groups)} groups in {len(used)} images"
+        notes.append(f"data.split_by={settings.split_by}: {number}, such as {some(groups, 3)}")
     for note in notes:
-        logger.info("note: %s", note)
+        # Outlines beside their images are seldom meant to be images.
+        level = logging.WARNING if "data.exclude" in note else logging.INFO
+        logger.log(level, "note: %s", note)
     per_class = collections.Counter(field.label for field in used)
     listed = ", ".join(f"{label} {number}" for label, number in sorted(per_class.items()))
     logger.info("found %d images: %s", len(used), listed)
 
-    start = time.monotonic()
     crops = draw_crops(used, dataclasses.replace(settings, crop_size=size))
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -152,8 +165,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     }
     write_json(partial / "crop_set.json", description)
     partial.rename(directory)
-    rate = len(records) / (time.monotonic() - start)
-    logger.info("wrote %d crops to %s (%.0f crops/s)", len(records), directory, rate)
+    logger.info("wrote %d crops to %s", len(records), directory)
     return open_crop_set(directory)
 
 
@@ -269,43 +281,16 @@ def _crop_name(crop: Crop) -> str:
     return f"{legible}_{digest}_y{crop.y:05d}_x{crop.x:05d}"
 
 
-def _notes(fields: Sequence[Field], split_by: str, *, whole: bool) -> list[str]:
-    notes, groups = image_notes(fields), sorted({field.group for field in fields})
-    if whole:
-        notes.append(
-            "images are used whole, as crops that were made elsewhere; those cut from one image "
-            "need a group in common (data.split_by), or test and training share images"
-        )
-    if split_by not in ("field", "crop"):
-        number = f"{len(groups)} groups in {len(fields)} images"
-        notes.append(f"data.split_by={split_by}: {number}, such as {some(groups, 3)}")
-    return notes
-
-
 def _field_kinds(fields: Sequence[Field]) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
     """Counts by class what a network could tell classes apart by, without looking at a cell."""
-    kinds = {}
-    for label in sorted({field.label for field in fields}):
-        of_class = [field for field in fields if field.label == label]
-        kinds[label] = {
-            "image size": collections.Counter(f"{f.info.height}x{f.info.width}" for f in of_class),
-            "colour channels": collections.Counter(str(f.info.channels) for f in of_class),
-            "pixel type": collections.Counter(f.info.dtype for f in of_class),
-            "file type": collections.Counter(f.path.suffix.lower() for f in of_class),
-        }
+    kinds: Any = collections.defaultdict(lambda: collections.defaultdict(collections.Counter))
+    for field in fields:
+        of_class, info = kinds[field.label], field.info
+        of_class["image size"][f"{info.height}x{info.width}"] += 1
+        of_class["colour channels"][str(info.channels)] += 1
+        of_class["pixel type"][info.dtype] += 1
+        of_class["file type"][field.path.suffix.lower()] += 1
     return kinds
-
-
-def _check_same_settings(crop_set: CropSet, settings: CropSettings) -> None:
-    before, now = dataclasses.asdict(crop_set.settings), dataclasses.asdict(settings)
-    differences = [
-        f"{'' if name == 'seed' else 'data.'}{name} was {before[name]!r}, now {now[name]!r}"
-        for name in now
-        if now[name] != before[name]
-    ]
-    if differences:
-        listed = "; ".join(differences)
-        raise Error(f"{crop_set.directory} was drawn with other settings: {listed}; {_AGAIN}")
 
 
 def _check_same_sources(crop_set: CropSet, root: Path) -> None:

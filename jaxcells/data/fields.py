@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxcells.data.images import FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
+from jaxcells.data.images import EXPORT, FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
 from jaxcells.text import counted, some
@@ -77,13 +77,12 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
     found = [(c, path) for c, path in wanted if path.suffix.lower() in SUFFIXES]
     foreign = [path for _, path in wanted if path.suffix.lower() in FOREIGN]
     strays = [path for path in root.iterdir() if path.is_file() and not is_hidden(path)]
-    strays += [p for _, p in wanted if p.suffix.lower() not in SUFFIXES | FOREIGN.keys()]
-    _check_encoding([*(c.path for c in class_folders), *(path for _, path in found)])
+    strays += [p for _, p in wanted if p.suffix.lower() not in SUFFIXES | FOREIGN]
     if foreign:
         suffix = foreign[0].suffix
         raise Error(
             f"{root}: files in a format that is not read: {_examples(root, foreign)}; "
-            f"{FOREIGN[suffix.lower()]}, or leave them out with data.exclude='\\{suffix}$'"
+            f"{EXPORT}, or leave them out with data.exclude='\\{suffix}$'"
         )
     left_out = {c for c, _ in files} - {c for c, _ in wanted}
     empty = [c.path for c in class_folders if c not in left_out | {c for c, _ in found}]
@@ -101,17 +100,9 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
     if strays:
         logger.info("ignored, being no images: %s", _examples(root, strays))
 
-    infos = _inspect_all([path for _, path in found], root, plane)
-    fields = []
-    for (c, path), info in zip(found, infos, strict=True):
-        name, below = _below(root, path), path.relative_to(c.path).parts
-        channel = below[0] if len(below) > 1 else ""
-        fields.append(Field(path, c.label, channel, name, name, info, c.split))
+    fields = _read_headers(found, root, plane)
     channels = sorted({field.channel for field in fields} - {""})
-    if channels:
-        logger.info("classes: %s; channels in them: %s", some(sorted(counts)), some(channels))
-    for warning in _mask_notes(fields):
-        logger.warning(warning)
+    logger.info("classes: %s; channels: %s", some(sorted(counts)), some(channels) or "none")
     return sorted(fields, key=lambda field: field.name)
 
 
@@ -123,14 +114,12 @@ class _ClassFolder(NamedTuple):
 
 def _class_folders(root: Path) -> list[_ClassFolder]:
     if not root.is_dir():
-        reason = "is a file, not a folder" if root.exists() else "does not exist"
-        raise Error(f"{root}: the image folder {reason}; set data.root=FOLDER")
+        raise Error(f"{root}: the image folder does not exist, or is a file; set data.root=FOLDER")
     folders = _visible_folders(root)
     if not folders:
-        number = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
         raise Error(
-            f"{root}: no class folders found, but {counted(number, 'image')}; put the images of "
-            f"each cell line into a folder of its own{_sheet_hint(root)}"
+            f"{root}: no class folders found; put the images of each cell line into a folder "
+            f"of its own{_sheet_hint(root)}"
         )
     splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
     if len(set(splits.values())) < 2:
@@ -141,13 +130,14 @@ def _class_folders(root: Path) -> list[_ClassFolder]:
             f"and test and no other; there are {some(folders)}: rename them, or put the classes "
             "directly below the root to have them split"
         )
-    classes = {name: set(_visible_folders(root / name)) for name in folders}
-    labels = set().union(*classes.values())
-    uneven = {label for label in labels if not all(label in c for c in classes.values())}
+    labels = collections.Counter(
+        label for name in folders for label in _visible_folders(root / name)
+    )
+    uneven = sorted(label for label, count in labels.items() if count < len(SPLITS))
     if uneven:
         raise Error(
             f"{root}: train, val and test need the same class folders, and not all of them have "
-            f"{some(sorted(uneven))}"
+            f"{some(uneven)}"
         )
     return [
         _ClassFolder(splits[name], label, root / name / label)
@@ -166,15 +156,17 @@ def _one_class(root: Path, paths: list[Path]) -> str:
             f"{what}; {common} holds {len(inner)} folders of images ({some(inner)}): if these are "
             f"the classes, give data.root={shlex.quote(str(common))}"
         )
-    images = counted(len(paths), "image")
-    return f"{what} with {images}; a classifier needs two class folders or more{_sheet_hint(root)}"
+    number = counted(len(paths), "image")
+    return f"{what} with {number}; a classifier needs two or more{_sheet_hint(root)}"
 
 
 def _sheet_hint(root: Path) -> str:
-    sheets = [p.name for p in root.iterdir() if p.suffix.lower() in _SHEETS and not is_hidden(p)]
-    if not sheets:
-        return ""
-    return f"; labels in sheets such as {sheets[0]} are not read yet: make a folder per class"
+    for path in root.iterdir():
+        if path.suffix.lower() in _SHEETS and not is_hidden(path):
+            return (
+                f"; labels in sheets such as {path.name} are not read yet: make a folder per class"
+            )
+    return ""
 
 
 def usable_fields(
@@ -198,13 +190,12 @@ def usable_fields(
     if crop_size:
         kept = [f for f in fields if num_positions(f.info, crop_size, border) > 0]
         num_all = collections.Counter(f.label for f in fields)
-        num_kept = collections.Counter(f.label for f in kept)
+        num_lost = num_all - collections.Counter(f.label for f in kept)
         within = f" inside the border {border}" if any(border) else ""
         notes = [
-            f"{num_all[label] - num_kept[label]} of {num_all[label]} images of {label!r} are "
-            f"smaller than the {crop_size}x{crop_size} crop{within} and give no crops"
-            for label in sorted(num_all)
-            if num_all[label] != num_kept[label]
+            f"{lost} of {num_all[label]} images of {label!r} are smaller than the "
+            f"{crop_size}x{crop_size} crop{within} and give no crops"
+            for label, lost in sorted(num_lost.items())
         ]
         # What fits into nine of ten images of every class.
         size = min(
@@ -213,7 +204,7 @@ def usable_fields(
         )
         fits = f"data.crop_size={size} fits into at least nine of ten images of every class"
         advice = f"; {fits}" if 0 < size < crop_size else ""
-        if len(num_kept) < len(num_all):
+        if any(num_lost[label] == n for label, n in num_all.items()):
             raise Error(f"{some(notes)}{advice}; data.crop_size=0 uses the images whole")
         notes = [note + advice for note in notes]
     else:
@@ -235,26 +226,24 @@ def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, 
 
 
 def image_notes(fields: Sequence[Field]) -> list[str]:
-    """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count."""
+    """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count.
+
+    Outlines beside their images are named with the pattern that leaves them all out.
+    """
     counts = collections.Counter(note for field in fields for note in field.info.notes)
     notes = [f"{counted(count, 'image')}: {note}" for note, count in sorted(counts.items())]
-    return notes + _mask_notes(fields)
-
-
-def _mask_notes(fields: Sequence[Field]) -> list[str]:
-    """Warns of outlines beside their images, with the pattern that leaves them all out."""
     stems = {os.path.splitext(field.name)[0] for field in fields}
-    matches = [match for stem in stems if (match := _MASK.fullmatch(stem)) and match[1] in stems]
-    if not matches:
-        return []
-    endings = "|".join(sorted({match[2] for match in matches}))
-    pattern = rf"({endings})\."
-    masks = [field.name for field in fields if re.search(pattern, field.name)]
-    return [
-        f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) are "
-        "used as images themselves, so that outlines of a test image may stand in training; "
-        f"data.exclude='{pattern}' leaves them out"
-    ]
+    matches = filter(None, map(_MASK.fullmatch, stems))
+    endings = sorted({match[2] for match in matches if match[1] in stems})
+    if endings:
+        pattern = rf"({'|'.join(endings)})\."
+        masks = [field.name for field in fields if re.search(pattern, field.name)]
+        notes.append(
+            f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) "
+            "are used as images themselves, so that outlines of a test image may stand in "
+            f"training; data.exclude='{pattern}' leaves them out"
+        )
+    return notes
 
 
 def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:
@@ -270,26 +259,25 @@ def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], wh
         )
 
 
-def _inspect_all(paths: list[Path], root: Path, plane: str) -> list[ImageInfo]:
-    def inspect(path: Path) -> ImageInfo | ImageError:
+def _read_headers(found: list[tuple[_ClassFolder, Path]], root: Path, plane: str) -> list[Field]:
+    def read_header(place: tuple[_ClassFolder, Path]) -> Field | ImageError:
+        c, path = place
+        if str(path).encode(errors="ignore").decode() != str(path):
+            raise Error(f"{str(path)!a}: the name is not valid UTF-8; rename the file or folder")
         try:
-            return inspect_image(path, plane=plane)
+            info = inspect_image(path, plane=plane)
         except ImageError as error:
             return error
+        name, below = _below(root, path), path.relative_to(c.path).parts
+        channel = below[0] if len(below) > 1 else ""
+        return Field(path, c.label, channel, name, name, info, c.split)
 
-    results = parallel_map(inspect, paths, title="reading headers")
+    results = parallel_map(read_header, found, title="reading headers")
     errors = [result for result in results if isinstance(result, ImageError)]
     if errors:
-        more = f" (and {len(errors) - 1} more of {len(paths)} images under {root})"
+        more = f" (and {len(errors) - 1} more of {len(found)} images under {root})"
         raise Error(f"{errors[0]}{more * (len(errors) > 1)}") from errors[0]
-    return [result for result in results if isinstance(result, ImageInfo)]
-
-
-def _check_encoding(paths: Sequence[Path]) -> None:
-    for path in paths:
-        name = str(path).encode("utf-8", "backslashreplace").decode()
-        if name != str(path):
-            raise Error(f"{name}: the name is not valid UTF-8; rename the file or folder")
+    return [result for result in results if isinstance(result, Field)]
 
 
 def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:

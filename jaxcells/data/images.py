@@ -21,25 +21,21 @@ from jaxcells.data.tiff import open_tiff, quiet
 from jaxcells.files import Error
 from jaxcells.text import by, one_line
 
-# Of each format the first bytes and the suffixes.
-_FORMATS = {
-    "PNG": ((b"\x89PNG\r\n\x1a\n",), (".png",)),
-    "JPEG": ((b"\xff\xd8\xff",), (".jpg", ".jpeg")),
-    "BMP": ((b"BM",), (".bmp",)),
-    "TIFF": ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (".tif", ".tiff", ".stk")),
-}
-SUFFIXES = frozenset(suffix for _, suffixes in _FORMATS.values() for suffix in suffixes)
+# By the first bytes of a file.
+_RASTERS = {b"\x89PNG\r\n\x1a\n": open_png, b"\xff\xd8\xff": open_jpeg, b"BM": open_bmp}
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".stk"})
 """Lower-case suffixes of the files that are read."""
 
-_MICROSCOPE = "export it as OME-TIFF (Fiji with Bio-Formats does)"
-_PHOTOGRAPH = "save it as PNG or TIFF"
-_FOREIGN = {
-    _MICROSCOPE: "czi dcm dv ics ids ims lif lof lsm mrxs nd nd2 ndpi oib oif oir scn sld svs vsi "
-    "xdce zarr zvi",
-    _PHOTOGRAPH: "arw avif cr2 cr3 dng exr gif heic heif jp2 jpx jxl nef orf psd rw2 webp",
-}
-FOREIGN = {f".{suffix}": advice for advice, line in _FOREIGN.items() for suffix in line.split()}
-"""What to do with files of other formats, by their lower-case suffixes."""
+_FOREIGN = (
+    "arw avif cr2 cr3 czi dcm dng dv exr gif heic heif ics ids ims jp2 jpx jxl lif lof lsm mrxs nd "
+    "nd2 ndpi nef oib oif oir orf psd rw2 scn sld svs vsi webp xdce zarr zvi"
+)
+FOREIGN = frozenset(f".{suffix}" for suffix in _FOREIGN.split())
+"""Lower-case suffixes of images in other formats, which are refused and never passed over."""
+EXPORT = "export it as OME-TIFF (Fiji with Bio-Formats does), or a photograph as PNG"
+"""What to do with them."""
 
 _DECODERS = {"tifffile", "imagecodecs", "PIL"}
 
@@ -156,12 +152,12 @@ def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
             raise Refused("is a folder or a device, not an image file")
         with open(path, "rb") as file, quiet():
             yield _open_format(file, Path(name).suffix.lower(), chosen)
-    except Refused as error:
-        raise ImageError(f"{name}: {error}") from None
-    except MemoryError as error:
-        raise ImageError(f"{name}: does not fit into memory: cut it into fields") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, Refused):
+            reason = str(error)
+        elif isinstance(error, MemoryError):
+            reason = "does not fit into memory: cut it into fields"
+        elif isinstance(error, OSError) and error.errno is not None:
             reason = f"cannot be opened: {os.strerror(error.errno).lower()}"
         elif _is_damage(error):
             detail = one_line(f"{type(error).__name__}: {error}")[:160]
@@ -187,18 +183,15 @@ def _open_format(file: BinaryIO, suffix: str, plane: Plane) -> Picture:
     """Open a file in the format that its first bytes name."""
     head = file.read(16)
     file.seek(0)
-    kind = next((k for k, (first, _) in _FORMATS.items() if head.startswith(first)), "")
+    open_raster = next((o for first, o in _RASTERS.items() if head.startswith(first)), None)
     if not head:
         raise Refused("is empty (0 bytes)")
-    if suffix in FOREIGN and kind in ("", "TIFF"):
-        raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {FOREIGN[suffix]}")
-    if not kind:
+    if suffix in FOREIGN and not open_raster:
+        raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {EXPORT}")
+    if not (open_raster or head.startswith(_TIFF)):
         raise Refused(f"is no PNG, JPEG, TIFF or BMP image: it begins with {head!r}")
-    open_raster = {"PNG": open_png, "JPEG": open_jpeg, "BMP": open_bmp}.get(kind)
     picture = open_raster(file) if open_raster else open_tiff(file, plane)
-    notes = picture.notes
-    if picture.orientation > 1:
-        notes += (f"turned as its orientation tag says ({picture.orientation})",)
-    if suffix in SUFFIXES - set(_FORMATS[kind][1]):
-        notes += (f"named {suffix} but holds a {kind} image",)
-    return replace(picture, notes=notes)
+    if picture.orientation == 1:
+        return picture
+    turned = f"turned as its orientation tag says ({picture.orientation})"
+    return replace(picture, notes=(*picture.notes, turned))

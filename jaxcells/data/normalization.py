@@ -11,10 +11,10 @@ import numpy as np
 
 from jaxcells.files import Error
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 PERCENTILES = (0.5, 99.5)
-_MAX_FLOATS = 10_000_000
+_MAX_PIXELS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,10 @@ def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
     Args:
       images: [N, H, W, C], may be memory-mapped.
       kind: "imagenet": 8-bit pixels over 255. "percentile": the 0.5 and 99.5 percentiles of each
-        channel become 0 and 1. Both then apply ImageNet's mean and standard deviation, or their
-        average where the image has neither one nor three channels. "auto": "imagenet" for 8-bit
-        grey and RGB, "percentile" for anything else.
+        channel become 0 and 1; of more than ten million pixels, those of a regular sample. Both
+        then apply ImageNet's mean and standard deviation, or their average where the image has
+        neither one nor three channels. "auto": "imagenet" for 8-bit grey and RGB, "percentile" for
+        anything else.
 
     Raises:
       Error: "imagenet" for pixels that are not 8-bit grey or RGB, or a channel without contrast.
@@ -76,33 +77,19 @@ def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
             )
         low, high = (0.0,) * channels, (255.0,) * channels
     else:
-        bounds = [_percentiles(images[..., c]) for c in range(channels)]
-        flat = [c for c, (lower, upper) in enumerate(bounds) if lower == upper]
+        # Whole images would leave out others, so every image is thinned.
+        step = -(-images.size // (channels * _MAX_PIXELS))
+        pixels = images.reshape(len(images), -1, channels)[:, ::step]
+        bounds = np.percentile(pixels, PERCENTILES, axis=(0, 1), method="lower").astype(float)
+        low, high = map(tuple, bounds.tolist())
+        flat = [c for c in range(channels) if low[c] == high[c]]
         if flat:
             raise Error(
                 f"channel {flat[0]} of the training crops has no contrast: its 0.5 and 99.5 "
-                f"percentiles are both {bounds[flat[0]][0]:g}; leave that channel out, or raise "
+                f"percentiles are both {low[flat[0]]:g}; leave that channel out, or raise "
                 "data.min_foreground if most crops are empty"
             )
-        low, high = zip(*bounds, strict=True)
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     if channels not in (1, 3):
         mean, std = (np.mean(mean).item(),) * channels, (np.mean(std).item(),) * channels
     return Normalization(kind, low, high, mean, std)
-
-
-def _percentiles(channel: np.ndarray) -> tuple[float, float]:
-    """Returns the percentiles of [N, H, W]: exact for integers, of a regular sample for floats."""
-    if channel.dtype.kind == "f":
-        step = -(-channel.size // _MAX_FLOATS)
-        # Whole images would leave out others, so every image is thinned.
-        pixels = channel.reshape(len(channel), -1)[:, ::step]
-        lower, upper = np.percentile(pixels, PERCENTILES, method="lower")
-        return float(lower), float(upper)
-    counts = np.zeros(np.iinfo(channel.dtype).max + 1, np.int64)
-    for image in channel:
-        counts += np.bincount(image.ravel(), minlength=len(counts))
-    rank = np.asarray(PERCENTILES) / 100 * (counts.sum() - 1)
-    lower, upper = np.searchsorted(np.cumsum(counts), np.floor(rank), side="right")
-    return float(lower), float(upper)

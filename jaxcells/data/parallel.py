@@ -20,8 +20,8 @@ def parallel_map(function: Callable[[T], R], items: Collection[T], *, title: str
     Raises:
       Whatever `function` raises first in the order of `items`; work not yet begun is cancelled.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    # macOS and Windows have none; the executor then goes by the number of cores.
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     with ThreadPoolExecutor(num_cores) as executor:
         results = executor.map(function, items)
         return list(tqdm(results, desc=title, total=len(items), disable=None, leave=False))

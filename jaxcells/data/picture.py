@@ -17,10 +17,11 @@ MAX_BYTES = 4 * 2**30
 # Deflate cannot expand more than 1032 times, and JPEG of an empty field stays well below that.
 _MAX_EXPANSION = 2000
 _ALWAYS_ALLOWED = 64 * 2**20
+ALPHA = "alpha channel dropped"
 LOOKUP_TABLE = "palette is a lookup table; its indices are read as intensities"
 INDEXED = (
-    "has indexed colours (a label image, or a photograph reduced to a palette): save it as grey or "
-    "RGB (in ImageJ, Image > Lookup Tables > Grays)"
+    "has indexed colours (a mask, labels, or a photograph reduced to a palette): save it as grey "
+    "or RGB (in ImageJ, Image > Lookup Tables > Grays)"
 )
 
 
@@ -58,13 +59,11 @@ def check_dtype(dtype: np.dtype) -> None:
     Raises:
       Refused: it says what to convert to.
     """
-    if dtype.kind == "b":
-        raise Refused("is a 1-bit image, a mask: only 8-bit, 16-bit and float32 images are read")
     if dtype.name not in ("uint8", "uint16", "float32"):
         to = "float32" if dtype.kind in "fc" else "8-bit or 16-bit unsigned, or float32"
         raise Refused(
-            f"has {dtype.name} pixels (labels, or the output of a calculation?): if it is an "
-            f"image, convert it to {to}"
+            f"has {dtype.name} pixels (a mask, labels, or the output of a calculation?): if it is "
+            f"an image, convert it to {to}"
         )
 
 
@@ -84,8 +83,9 @@ def check_size(shape: tuple[int, int, int], dtype: np.dtype, stored: int) -> Non
     if nbytes == 0:
         raise Refused(f"has no pixels ({by(shape)})")
     if nbytes > MAX_BYTES:
-        limit = f"at most {MAX_BYTES / 2**30:g} GiB are read at once"
-        raise Refused(f"{declared}; {limit}): cut it into fields")
+        raise Refused(
+            f"{declared}; at most {MAX_BYTES / 2**30:g} GiB are read): cut it into fields"
+        )
     if nbytes > max(_ALWAYS_ALLOWED, _MAX_EXPANSION * stored):
         raise Refused(f"{declared}) in a file of {stored} bytes: damaged, or made to do harm")
 
@@ -117,13 +117,11 @@ def exif_orientation(exif: bytes) -> int:
     try:
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
         (count,) = struct.unpack_from(f"{order}H", exif, start)
-        for k in range(count):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * k)
-            if tag == 0x0112 and 1 <= value <= 8:
-                return int(value)
+        places = range(start + 2, start + 2 + 12 * count, 12)
+        tags = [struct.unpack_from(f"{order}HHIH", exif, place) for place in places]
     except struct.error:
-        pass
-    return 1
+        return 1
+    return next((value for tag, *_, value in tags if tag == 0x0112 and value in range(1, 9)), 1)
 
 
 def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -22,9 +22,6 @@ AXES = {
     "A": "angles",
     "E": "wavelengths",
     "H": "lifetimes",
-    "L": "exposures",
-    "M": "mosaic tiles",
-    "V": "events",
     "I": "pages that do not say what they are",
 }
 """Axes a user may choose on, by tifffile's letters. Any other, but X, Y and S, counts as "I"."""
@@ -90,28 +87,21 @@ class Selection:
     projection: str
     notes: tuple[str, ...]
 
-    def assemble(self, read: Callable[[int], np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """Return the picture [H, W, C]; planes are read one by one.
+    def assemble(self, read: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Return the picture [H, W, C]; planes that are projected are read one by one.
 
         Args:
           read: returns the pixels of a page.
-          dtype: of its pages and of the picture.
         """
         height, width, channels = self.shape
-        samples = channels // len(self.pages)
-        size = (-1, height, width, samples)
+        size = (-1, height, width, channels // len(self.pages))
 
         def planes(pages: Sequence[int]) -> Iterator[np.ndarray]:
             for page in pages:
                 yield from read(page)[self.index].transpose(self.order).reshape(size)
 
-        parts = (_project(planes(pages), self.projection) for pages in self.pages)
-        if len(self.pages) == 1:
-            return next(parts)
-        pixels = np.empty(self.shape, dtype)
-        for k, part in enumerate(parts):
-            pixels[..., k * samples : (k + 1) * samples] = part
-        return pixels
+        parts = [_project(planes(pages), self.projection) for pages in self.pages]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 def _project(planes: Iterator[np.ndarray], projection: str) -> np.ndarray:
@@ -145,49 +135,47 @@ def select(axes: str, shape: Sequence[int], page_ndim: int, plane: Plane) -> Sel
     Raises:
       Refused: an axis besides rows, columns and channels is left, or an index is too large.
     """
-    named = {letter: [k for k, axis in enumerate(axes) if axis == letter] for letter in AXES}
-    named["I"] = [k for k, axis in enumerate(axes) if axis not in {*"XYS", *AXES} - {"I"}]
-    kept = [k for k, axis in enumerate(axes) if axis == "S"]
-    if not kept and "C" not in plane:
-        kept = named["C"]
-    if not kept and plane.get("I") == "c":
-        kept = named["I"]
+    axes = "".join(axis if axis in {"X", "Y", "S", *AXES} else "I" for axis in axes)
+    options = "S" + "C" * ("C" not in plane) + "I" * (plane.get("I") == "c")
+    channels = next((axis for axis in options if axis in axes), "")
 
     chosen: dict[int, int] = {}
-    projected: list[int] = []
     left: dict[str, int] = {}
     notes = []
-    for axis, positions in named.items():
-        if not positions or positions == kept:
+    for axis in AXES:
+        positions = [k for k, letter in enumerate(axes) if letter == axis]
+        if not positions or axis == channels:
             continue
         sizes = [shape[k] for k in positions]
-        count, index = math.prod(sizes), plane.get(axis)
-        if index in _PROJECTIONS:
-            projected += positions
-            notes.append(f"{_PROJECTIONS[str(index)]} over {count} {AXES[axis]}")
-        elif not isinstance(index, int):
+        count, wanted = math.prod(sizes), plane.get(axis)
+        if wanted in _PROJECTIONS:
+            notes.append(f"{_PROJECTIONS[str(wanted)]} over {count} {AXES[axis]}")
+        elif not isinstance(wanted, int):
             left[axis] = count
-        elif index < count:
-            chosen |= zip(positions, map(int, np.unravel_index(index, sizes)), strict=True)
+        elif wanted < count:
+            chosen |= zip(positions, map(int, np.unravel_index(wanted, sizes)), strict=True)
         else:
-            raise Refused(f"has {count} {AXES[axis]}: {axis}={index} is not in 0 to {count - 1}")
+            raise Refused(f"has {count} {AXES[axis]}: {axis}={wanted} is not in 0 to {count - 1}")
     if left:
-        raise Refused(_choice(left, pages_may_be_channels=not kept))
+        raise Refused(_choice(left, pages_may_be_channels=not channels))
 
-    outer = len(shape) - page_ndim
-    taken = tuple(chosen.get(k, slice(None)) for k in range(len(shape)))
-    numbers = np.arange(math.prod(shape[:outer])).reshape(shape[:outer])[taken[:outer]]
-    # Channels before the axes that are projected.
-    stay = [k in kept for k in range(outer) if k not in chosen]
-    numbers = numbers.transpose(sorted(range(len(stay)), key=lambda k: not stay[k]))
+    ranks = {"Y": 1, "X": 2, channels: 3}  # after those that are projected
+
+    def order(part: range) -> tuple[int, ...]:
+        stay = [ranks.get(axes[k], 0) for k in part if k not in chosen]
+        return tuple(sorted(range(len(stay)), key=stay.__getitem__))
+
+    outer = len(axes) - page_ndim
+    kept = [k for k, axis in enumerate(axes) if axis == channels]
     groups = math.prod(shape[k] for k in kept if k < outer)
-    remaining = [k for k in range(outer, len(shape)) if k not in chosen]
-    places = dict.fromkeys(projected, 0) | {axes.index("Y"): 1, axes.index("X"): 2}
+    index = tuple(chosen.get(k, slice(None)) for k in range(len(axes)))
+    numbers = np.arange(math.prod(shape[:outer])).reshape(shape[:outer])[index[:outer]]
+    pages = numbers.transpose(order(range(outer))).reshape(-1, groups).T.tolist()
     return Selection(
-        pages=tuple(map(tuple, numbers.reshape(groups, -1).tolist())),
+        pages=tuple(map(tuple, pages)),
         shape=(shape[axes.index("Y")], shape[axes.index("X")], math.prod(shape[k] for k in kept)),
-        index=taken[outer:],
-        order=tuple(sorted(range(len(remaining)), key=lambda k: places.get(remaining[k], 3))),
+        index=index[outer:],
+        order=order(range(outer, len(axes))),
         projection=next((p for p in _PROJECTIONS if p in plane.values()), ""),
         notes=tuple(notes),
     )

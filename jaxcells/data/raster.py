@@ -7,16 +7,14 @@ from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
-from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin
 
 from jaxcells.data import picture
 from jaxcells.data.picture import Picture, Refused, check_size, file_size
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type, alpha included
-_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 3: (1, 2, 4, 8)}  # by colour type; 8 and 16 for the others
-_UINT8 = np.dtype(np.uint8)
-_ALPHA = "alpha channel dropped"
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
 def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
@@ -35,12 +33,6 @@ def _grey_levels(palette: np.ndarray) -> tuple[np.ndarray, str]:
     raise Refused(picture.INDEXED)
 
 
-def _take_levels(levels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    if indices.max() >= len(levels):
-        raise Refused("is damaged: it has indices beyond its palette")
-    return levels[indices][..., None]
-
-
 def open_png(file: BinaryIO) -> Picture:
     """Open a PNG file.
 
@@ -55,56 +47,50 @@ def open_png(file: BinaryIO) -> Picture:
         file.seek(offset)
         return file.read(length)
 
-    critical: list[tuple[int, int]] = []
-    found: dict[bytes, bytes] = {}
+    chunks: list[tuple[bytes, int, int]] = []
     position, kind = len(_PNG_SIGNATURE), b""
     while kind != b"IEND":
         head = read(position, 8)
         length, kind = 12 + int.from_bytes(head[:4], "big"), head[4:]
         if position + length > size:
             raise Refused(f"is truncated or damaged: its chunks do not end within {size} bytes")
-        if kind in (b"IHDR", b"PLTE", b"eXIf", b"acTL"):
-            found[kind] = read(position + 8, length - 12)
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            critical.append((position, length))
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf", b"acTL"):
+            chunks.append((kind, position, length))
         position += length
-    header = found.get(b"IHDR", b"").ljust(13, b"\xff")
-    width, height, depth, colour = struct.unpack_from(">IIBB", header)
-    known = colour in _PNG_CHANNELS and depth in _PNG_DEPTHS.get(colour, (8, 16))
-    if not known or header[10:12] != b"\0\0" or header[12] > 1:
-        raise Refused(f"is damaged: its header has values that PNG does not define ({header!r})")
+    found = {kind: read(at + 8, length - 12) for kind, at, length in chunks if kind != b"IDAT"}
+    header = struct.unpack_from(">IIBB3s", found.get(b"IHDR", bytes(13)))
+    width, height, depth, colour, methods = header
+    if depth not in _PNG_DEPTHS.get(colour, ()) or methods not in (b"\0\0\0", b"\0\0\1"):
+        raise Refused(f"is damaged: its header has values that PNG does not define ({header})")
     if found.get(b"acTL", b"\0\0\0\1")[:4] != b"\0\0\0\1":
         raise Refused("is an animation: save the frame you need as its own file")
 
-    dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
+    dtype = np.dtype({1: np.bool, 16: np.uint16}.get(depth, np.uint8))
+    picture.check_dtype(dtype)
     stored = _PNG_CHANNELS[colour]
     check_size((height, width, stored), dtype, size)
-    if depth == 1:
-        picture.check_dtype(np.dtype(bool))
-    has_alpha = colour in (4, 6)
-    notes = [_ALPHA] if has_alpha else []
+    channels = stored - (colour in (4, 6))
+    notes = [picture.ALPHA] if channels < stored else []
     if depth < 8 and colour == 0:
         notes.append(f"{depth}-bit samples scaled to 0..255, as PNG defines them")
     if colour == 3:
         palette = np.frombuffer(found.get(b"PLTE", b""), np.uint8)
-        levels, note = _grey_levels(palette[: palette.size // 3 * 3].reshape(-1, 3))
+        levels, note = _grey_levels(palette.reshape(-1, 3))
         notes.append(note)
 
     def decode() -> np.ndarray:
         # Comments, profiles and animation controls never reach a decoder: there they could fail,
         # warn on the terminal or inflate without end.
-        chunks = [read(*chunk) for chunk in critical]
-        if any(zlib.crc32(c[4:-4]) != int.from_bytes(c[-4:], "big") for c in chunks):
+        parts = [read(at, n) for kind, at, n in chunks if kind not in (b"eXIf", b"acTL")]
+        if any(zlib.crc32(part[4:-4]) != int.from_bytes(part[-4:], "big") for part in parts):
             raise Refused("is damaged: a checksum in it is wrong")
-        data = _PNG_SIGNATURE + b"".join(chunks)
+        data = _PNG_SIGNATURE + b"".join(parts)
         if colour == 3:
-            return _take_levels(levels, np.array(PngImagePlugin.PngImageFile(io.BytesIO(data))))
-        pixels = imagecodecs.png_decode(data)
-        return pixels.reshape(height, width, stored)[..., : stored - has_alpha]
+            return levels[np.array(PngImagePlugin.PngImageFile(io.BytesIO(data)))][..., None]
+        return imagecodecs.png_decode(data).reshape(height, width, stored)[..., :channels]
 
-    shape = (height, width, stored - has_alpha)
     orientation = picture.exif_orientation(found.get(b"eXIf", b""))
-    return Picture(shape, dtype, decode, orientation, tuple(notes))
+    return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
 
 
 class _JpegImageFile(JpegImagePlugin.JpegImageFile):
@@ -113,47 +99,34 @@ class _JpegImageFile(JpegImagePlugin.JpegImageFile):
 
 
 def open_jpeg(file: BinaryIO) -> Picture:
-    """Open a JPEG file, grey or colour.
-
-    Pillow's plugin is called by itself, without `Image.open`, whose limit on pixels is a global
-    that would stop a 20000x20000 field; `check_size` stands in its place.
+    """Open a JPEG file, grey or colour; the first picture of several in it.
 
     Raises:
       Refused: it is CMYK or too large.
     """
-    image = _JpegImageFile(file)
-    if image.mode not in ("L", "RGB"):
-        raise Refused(f"is a {image.mode} JPEG: save it as RGB")
-    shape = (image.height, image.width, len(image.mode))
-    check_size(shape, _UINT8, file_size(file))
-    notes = ("first picture of a multi-picture file",) if "mp" in image.info else ()
-    orientation = picture.exif_orientation(image.info.get("exif", b""))
-    return Picture(shape, _UINT8, lambda: np.array(image).reshape(shape), orientation, notes)
+    return _open_with_pillow(_JpegImageFile(file), file)
 
 
 def open_bmp(file: BinaryIO) -> Picture:
-    """Open a BMP file.
+    """Open a BMP file, grey or colour.
 
     Raises:
-      Refused: it is a mask, indexed colours or too large.
+      Refused: it is a mask, has a palette or transparency, or is too large.
     """
-    head = file.read(30).ljust(30, b"\0")
-    (bits,) = struct.unpack_from("<H", head, 24 if head[14] == 12 else 28)
-    if bits == 1:
-        picture.check_dtype(np.dtype(bool))
-    file.seek(0)
-    image = BmpImagePlugin.BmpImageFile(file)
-    shape = (image.height, image.width, 1 if image.mode in ("L", "P") else 3)
-    check_size(shape, _UINT8, file_size(file))
-    notes = (_ALPHA,) if image.mode == "RGBA" else ()
-    if image.mode == "P":
-        levels, note = _grey_levels(np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3))
-        notes = (note,)
+    return _open_with_pillow(BmpImagePlugin.BmpImageFile(file), file)
 
-    def decode() -> np.ndarray:
-        pixels = np.array(image)
-        if image.mode == "P":
-            return _take_levels(levels, pixels)
-        return pixels.reshape(*shape[:2], -1)[..., : shape[2]]
 
-    return Picture(shape, _UINT8, decode, notes=notes)
+def _open_with_pillow(image: ImageFile.ImageFile, file: BinaryIO) -> Picture:
+    """Check what a plugin of Pillow has read from the header.
+
+    Plugins are called by themselves, without `Image.open`, whose limit on pixels is a global that
+    would stop a 20000x20000 field; `check_size` stands in its place.
+    """
+    if image.mode in ("1", "P"):
+        raise Refused(picture.INDEXED)
+    if image.mode not in ("L", "RGB"):
+        raise Refused(f"has {image.mode} colours: save it as grey or RGB")
+    shape, dtype = (image.height, image.width, len(image.mode)), np.dtype(np.uint8)
+    check_size(shape, dtype, file_size(file))
+    orientation = picture.exif_orientation(image.info.get("exif", b""))
+    return Picture(shape, dtype, lambda: np.array(image).reshape(shape), orientation)

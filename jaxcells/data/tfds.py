@@ -10,14 +10,14 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from jaxcells.data.crop_set import CropSet, open_crop_set, verify_pixels
+from jaxcells.data.crop_set import open_crop_set, verify_pixels
 from jaxcells.data.fields import SPLITS, is_hidden
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.rng import named_generator
@@ -28,7 +28,6 @@ logger = logging.getLogger("jaxcells")
 
 _OUR_SPLIT = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 _MARKER = ".tfds.json"
-_PREPARE = "`tfds build NAME --file_format=array_record --data_dir=FOLDER` with TensorFlow"
 
 
 def export_images(name: str, root: Path, *, data_dir: str | Path | None = None) -> None:
@@ -58,8 +57,7 @@ def export_images(name: str, root: Path, *, data_dir: str | Path | None = None) 
     builder = _open_builder(name, data_dir)
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-    our_splits = _our_splits(sizes, name)
+    our_splits = _our_splits(builder, name)
     for split, ours in our_splits.items():
         _export_split(builder, name, split, ours, partial)
     number = sum(map(len, our_splits.values()))
@@ -68,8 +66,8 @@ def export_images(name: str, root: Path, *, data_dir: str | Path | None = None) 
     logger.info("exported %d images of %s to %s", number, builder.info.full_name, root)
 
 
-def prepare_tfds(crop_dir: Path, data_dir: Path, *, name: str = "jaxcells_crops") -> Any:
-    """Prepares a crop set as the TFDS data set `name` under `data_dir`, or reuses the one there.
+def prepare_tfds(crop_dir: Path, data_dir: Path) -> Any:
+    """Prepares a crop set as the TFDS data set `jaxcells_crops`, or reuses the one there.
 
     Features: `image` (Image for 8-bit PNG crops, else a zlib Tensor [H, W, C] of the crops' own
     dtype), `label` (ClassLabel with the class names), `crop`, `channel`, `source`, `group` (Text).
@@ -78,18 +76,53 @@ def prepare_tfds(crop_dir: Path, data_dir: Path, *, name: str = "jaxcells_crops"
     Args:
       crop_dir: the folder `crops/` with its manifest.csv.
       data_dir: where TFDS keeps its data sets.
-      name: name of the data set, in lower case with underscores.
 
     Returns:
       A `tfds.core.DatasetBuilder`; its `as_data_source(split)` reads the examples.
 
     Raises:
-      Error: the crops are not those of the manifest, or another crop set was prepared under this
-        name.
+      Error: the crops are not those of the manifest, or another crop set was prepared there.
     """
-    crop_set = open_crop_set(crop_dir)
+    tfds, crop_set = _import_tfds(), open_crop_set(crop_dir)
     verify_pixels(crop_set)
-    builder = _builder_class(crop_set, name)(data_dir=data_dir, file_format="array_record")
+    first = read_image(crop_set.directory / crop_set.records[0].crop)  # all crops are alike
+    shape = (None, None, first.shape[-1])
+    # TFDS takes no other images without TensorFlow.
+    is_png = first.dtype == "uint8" and first.shape[-1] in (1, 3)
+    if is_png:
+        image = tfds.features.Image(shape=shape, encoding_format="png")
+    else:
+        image = tfds.features.Tensor(shape=shape, dtype=first.dtype, encoding="zlib")
+    label = tfds.features.ClassLabel(names=crop_set.class_names)
+    texts = dict.fromkeys(("crop", "channel", "source", "group"), tfds.features.Text())
+    base: Any = tfds.core.GeneratorBasedBuilder
+
+    class CropSetBuilder(base, skip_registration=True):  # type: ignore[call-arg]
+        name = "jaxcells_crops"
+        VERSION = tfds.core.Version("1.0.0")
+        # Where TFDS looks for checksums of downloads, with a package that it does not install.
+        code_path = None
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Microscopy crops by class, drawn and split by jaxcells.",
+                features=tfds.features.FeaturesDict({"image": image, "label": label, **texts}),
+                supervised_keys=("image", "label"),
+                metadata=tfds.core.MetadataDict(manifest_sha256=crop_set.manifest_sha256),
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+            return {split: self._generate_examples(split) for split in SPLITS}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+            for record in crop_set.split(split):
+                path = crop_set.directory / record.crop
+                example = {key: getattr(record, key) for key in ("label", *texts)}
+                example["image"] = io.BytesIO(path.read_bytes()) if is_png else read_image(path)
+                yield record.crop, example
+
+    builder = CropSetBuilder(data_dir=data_dir, file_format="array_record")
     # TFDS tells its progress on standard output, and makes a folder for downloads.
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(download_dir=downloads)
@@ -106,13 +139,9 @@ def _import_tfds() -> Any:
     except ImportError as error:
         raise Error(f"{error}: pip install tensorflow-datasets array-record") from error
     tfds.disable_progress_bar()
-    logging.getLogger("absl").addFilter(_is_not_chatter)
+    # It advises to install OpenCV, and more; its errors arrive as exceptions.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     return tfds
-
-
-def _is_not_chatter(record: logging.LogRecord) -> bool:
-    """Keeps TFDS's advice (install OpenCV, …) off the terminal; its errors arrive as exceptions."""
-    return record.levelno >= logging.ERROR or "tensorflow_datasets" not in record.pathname
 
 
 def _open_builder(name: str, data_dir: str | Path | None) -> Any:
@@ -120,19 +149,23 @@ def _open_builder(name: str, data_dir: str | Path | None) -> Any:
     tfds = _import_tfds()
     folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     try:
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(folder))
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=str(folder))
+        builder.as_data_source()  # of all splits: fails where TensorFlow alone could read them
+        return builder
     except Exception as error:  # Whatever TFDS raises at a damaged file or a strange name.
         found = sorted(path.parent for path in folder.glob("*/**/features.json"))
         there = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
         raise Error(
             f"tfds:{name}: cannot be opened in {folder} ({one_line(error):.150}); prepared there: "
-            f"{there}; set data.source=tfds:NAME, tfds:NAME/CONFIG or "
-            f"tfds:NAME/CONFIG:VERSION and data.root=FOLDER, or prepare it by {_PREPARE}"
+            f"{there}; set data.source=tfds:NAME, tfds:NAME/CONFIG or tfds:NAME/CONFIG:VERSION and "
+            "data.root=FOLDER, or prepare it with TensorFlow by "
+            "`tfds build NAME --overwrite --file_format=array_record --data_dir=FOLDER`"
         ) from error
 
 
-def _our_splits(sizes: Mapping[str, int], name: str) -> dict[str, list[str]]:
+def _our_splits(builder: Any, name: str) -> dict[str, list[str]]:
     """Returns, by split, our split of each of its examples; "" where we split."""
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     if len(sizes) == 1:
         return {split: [""] * size for split, size in sizes.items()}
     ours = {s: [_OUR_SPLIT[s]] * size for s, size in sizes.items() if s in _OUR_SPLIT}
@@ -160,13 +193,7 @@ def _export_split(builder: Any, name: str, split: str, ours: Sequence[str], fold
     # float32 images are stored as four bytes a pixel, which only TFDS puts together again.
     is_file = isinstance(features[image], tfds.features.Image) and features[image].np_dtype != "f4"
     decoders = {image: tfds.decode.SkipDecoding()} if is_file else None
-    try:
-        source = builder.as_data_source(split, decoders=decoders)
-    except (NotImplementedError, ImportError, OSError, ValueError) as error:
-        raise Error(
-            f"tfds:{name}: {builder.data_dir} cannot be read without TensorFlow "
-            f"({one_line(error):.150}); delete that folder, and prepare it again by {_PREPARE}"
-        ) from error
+    source = builder.as_data_source(split, decoders=decoders)
     for index in tqdm(range(len(source)), desc=f"exporting {split}", disable=None, leave=False):
         where = f"tfds:{name}, split {split}, example {index}"
         try:
@@ -194,45 +221,3 @@ def _write_image(stem: Path, image: bytes | np.ndarray, channels: int) -> None:
         path.unlink()
         image = np.repeat(pixels, 3, axis=2)
     write_crop(stem, image)
-
-
-def _builder_class(crop_set: CropSet, data_set: str) -> type[Any]:
-    """Returns the class of a crop set's builder; made here because its base is imported late."""
-    tfds = _import_tfds()
-    first = crop_set.directory / crop_set.records[0].crop
-    channels, dtype = read_image(first).shape[-1], read_image(first).dtype  # all crops have them
-    is_png = dtype == "uint8" and channels in (1, 3)  # TFDS takes no others without TensorFlow
-    if is_png:
-        image = tfds.features.Image(shape=(None, None, channels), encoding_format="png")
-    else:
-        image = tfds.features.Tensor(shape=(None, None, channels), dtype=dtype, encoding="zlib")
-    label = tfds.features.ClassLabel(names=crop_set.class_names)
-    texts = dict.fromkeys(("crop", "channel", "source", "group"), tfds.features.Text())
-    base: Any = tfds.core.GeneratorBasedBuilder
-
-    class CropSetBuilder(base, skip_registration=True):  # type: ignore[call-arg]
-        name = data_set
-        VERSION = tfds.core.Version("1.0.0")
-        # Where TFDS looks for checksums of downloads, with a package that it does not install.
-        code_path = None
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Microscopy crops by class, drawn and split by jaxcells.",
-                features=tfds.features.FeaturesDict({"image": image, "label": label, **texts}),
-                supervised_keys=("image", "label"),
-                metadata=tfds.core.MetadataDict(manifest_sha256=crop_set.manifest_sha256),
-            )
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
-            return {split: self._generate_examples(split) for split in SPLITS}
-
-        def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-            for record in crop_set.split(split):
-                path = crop_set.directory / record.crop
-                example = {key: getattr(record, key) for key in ("label", *texts)}
-                example["image"] = io.BytesIO(path.read_bytes()) if is_png else read_image(path)
-                yield record.crop, example
-
-    return CropSetBuilder

@@ -5,6 +5,7 @@ import contextvars
 import logging
 import math
 import re
+import struct
 from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO, Literal
 
@@ -61,18 +62,6 @@ def _check_page_list(file: BinaryIO) -> None:
             raise Refused("is damaged: its list of pages runs in a circle")
         seen.add(page)
         place = page + count_size + number(page, count_size) * entry_size
-    if not seen:
-        raise Refused("has no pages")
-
-
-def _open(file: BinaryIO) -> TiffFile:
-    """Open this file alone: tifffile would gather the others of a set."""
-    tif = TiffFile(file, offset=0, is_mmstack=False, is_ndtiff=False)
-    # OME-XML gives each file of a set a UUID, and repeats that of its own beside the pages.
-    uuids = re.findall(r"urn:uuid:[^<>\"'\s]+", tif.ome_metadata or "", re.IGNORECASE)
-    if len({uuid.lower() for uuid in uuids}) > 1:
-        return TiffFile(file, offset=0, is_mmstack=False, is_ndtiff=False, is_ome=False)
-    return tif
 
 
 def _choose_series(tif: TiffFile, plane: Plane) -> TiffPageSeries:
@@ -84,8 +73,6 @@ def _choose_series(tif: TiffFile, plane: Plane) -> TiffPageSeries:
     if tif.is_lsm:
         raise Refused("is a Zeiss LSM file: export it as OME-TIFF (Fiji does)")
     found = list(tif.series)
-    if not found:
-        raise Refused("has no pages with pixels")
     if found[0].kind in ("uniform", "generic") and (tif.is_imagej or tif.is_stk):
         raise Refused("is damaged: it has not the pages that its own description lists")
     # Thumbnails, reduced copies and transparency masks say so in their NewSubfileType tag.
@@ -108,10 +95,9 @@ def _has_alpha(page: TiffPage) -> bool:
     A single extra sample is alpha where ExtraSamples (TIFF 6.0, section 18) says so and, after
     red, green and blue, also where it says nothing. Several extra samples are channels.
     """
-    is_colour = page.photometric in (_RGB, _YCBCR)
-    if page.samplesperpixel != (4 if is_colour else 2):
-        return False
-    return is_colour or any(kind in (1, 2) for kind in page.extrasamples)
+    if page.photometric in (_RGB, _YCBCR):
+        return bool(page.samplesperpixel == 4)
+    return page.samplesperpixel == 2 and any(kind in (1, 2) for kind in page.extrasamples)
 
 
 def _check_page(page: TiffPage) -> list[str]:
@@ -124,10 +110,7 @@ def _check_page(page: TiffPage) -> list[str]:
     is_jpeg_colour = photometric == _YCBCR and page.compression == _JPEG
     if page.compression == _OLD_JPEG:
         raise Refused("has old-style JPEG compression, which readers decode differently: resave it")
-    if page.dtype is None:
-        what = f"{bits}-bit samples of format {page.sampleformat!r}"
-        raise Refused(f"has {what}: convert it to 8-bit or 16-bit unsigned, or float32")
-    picture.check_dtype(page.dtype)
+    picture.check_dtype(np.dtype("V") if page.dtype is None else page.dtype)
     numbers = (page.samplesperpixel, page.rowsperstrip, *page.shape, *(page.tile or ()))
     if not all(isinstance(number, int) for number in numbers):
         raise Refused("is damaged: a size in its tags is no whole number")
@@ -144,8 +127,7 @@ def _check_page(page: TiffPage) -> list[str]:
     if bits not in (8, 16, 32):
         notes.append(f"{bits}-bit samples; values are as stored, not scaled")
     if _has_alpha(page):
-        how = " (colours are premultiplied with it, as stored)" * (1 in page.extrasamples)
-        notes.append(f"alpha channel dropped{how}")
+        notes.append(picture.ALPHA)
     return notes
 
 
@@ -172,10 +154,9 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Rows and columns that a JPEG stream declares; zeros where it declares none."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        marker, length, rows, columns = struct.unpack_from(">BHxHH", data, at + 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            rows, columns = data[at + 5 : at + 7], data[at + 7 : at + 9]
-            return int.from_bytes(rows, "big"), int.from_bytes(columns, "big")
+            return rows, columns
         at += 1 if marker == 0xFF else 2 + length
     return 0, 0
 
@@ -250,7 +231,12 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
       Refused: the axes leave a choice, the pixels are no intensities, or the file is damaged.
     """
     _check_page_list(file)
-    tif, size = _open(file), file_size(file)
+    # This file alone: tifffile would gather the others of a set.
+    tif, size = TiffFile(file, offset=0, is_mmstack=False, is_ndtiff=False), file_size(file)
+    # OME-XML gives each file of a set a UUID, and repeats that of its own beside the pages.
+    uuids = re.findall(r"urn:uuid:[^<>\"'\s]+", tif.ome_metadata or "", re.IGNORECASE)
+    if len({uuid.lower() for uuid in uuids}) > 1:
+        tif.is_ome = False
     series = _choose_series(tif, plane)
     keyframe = series.keyframe
     notes = _check_page(keyframe)
@@ -275,11 +261,11 @@ def open_tiff(file: BinaryIO, plane: Plane) -> Picture:
     read = _page_reader(tif, series, file, {k for pages in selection.pages for k in pages})
     height, width, channels = selection.shape
     channels -= channels > len(selection.pages) and _has_alpha(keyframe)
-    tag = keyframe.tags.valueof(274, default=1)
-    orientation = int(tag) if tag in range(1, 9) else 1
-    notes += selection.notes
-
-    def decode() -> np.ndarray:
-        return selection.assemble(read, dtype)[..., :channels]
-
-    return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
+    tag = keyframe.tags.valueof(274)
+    return Picture(
+        (height, width, channels),
+        dtype,
+        decode=lambda: selection.assemble(read)[..., :channels],
+        orientation=int(tag) if tag in range(1, 9) else 1,
+        notes=(*notes, *selection.notes),
+    )

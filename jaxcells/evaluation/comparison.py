@@ -20,8 +20,6 @@ RULE = (
     "within the best one's interval: the 95 % paired bootstrap interval over independent fields of "
     "the difference, best less candidate, reaches down to 0."
 )
-# Below any difference of two accuracies, above what rounding leaves of a sum that is zero.
-_DECIMALS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +118,9 @@ def choose(
       predictions: {experiment: int [S, N]} on the validation split; S may differ.
       split: the validation split.
       seconds: {experiment: seconds of training}, with the same names.
-
-    Raises:
-      ValueError: no experiment, labels out of range, or lengths that differ.
     """
     estimates = {name: estimate(predicted, split) for name, predicted in predictions.items()}
-    score = {name: round(e.balanced_accuracy, _DECIMALS) for name, e in estimates.items()}
+    score = {name: round(e.balanced_accuracy, metrics.DECIMALS) for name, e in estimates.items()}
     best = min(score, key=lambda name: (-score[name], seconds[name]))
     candidates = []
     for name, predicted in predictions.items():
@@ -169,9 +164,6 @@ def paired_difference(
 
     Returns:
       A less B, exactly 0 for a tie.
-
-    Raises:
-      ValueError: shapes that do not fit.
     """
     hits_a, crops = _hits(predictions_a, split)
     hits_b, _ = _hits(predictions_b, split)
@@ -179,11 +171,8 @@ def paired_difference(
     gain = len(hits_b) * hits_a.sum(axis=0) - len(hits_a) * hits_b.sum(axis=0)
     gain = gain / (len(hits_a) * len(hits_b))
     intervals, note = metrics.bootstrap_intervals(gain, crops, split)
-    intervals = {
-        key: tuple(None if end is None else _rounded(end) for end in interval)
-        for key, interval in intervals.items()
-    }
-    accuracy, balanced_accuracy = map(_rounded, metrics.accuracies(gain, crops))
+    means = metrics.accuracies(gain, crops)
+    accuracy, balanced_accuracy = (round(mean, metrics.DECIMALS) + 0.0 for mean in means)
     return Estimate(accuracy, balanced_accuracy, intervals, note)
 
 
@@ -208,9 +197,7 @@ def compare_with(
 ) -> dict[str, Comparison]:
     """Compares one experiment with each of the others on the same crops, usually the test split."""
     comparisons = {}
-    for name in predictions:
-        if name == chosen:
-            continue
+    for name in [name for name in predictions if name != chosen]:
         a, b = (np.asarray(predictions[n])[0] == split.labels for n in (chosen, name))
         only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
         difference = paired_difference(predictions[chosen], predictions[name], split)
@@ -224,7 +211,3 @@ def _hits(
     """Crops of every unit and true class that each network has right [S, U, K], and all [U, K]."""
     counts = [metrics.count_by_unit(row == split.labels, split) for row in np.asarray(predictions)]
     return np.stack([hits for hits, _ in counts]), counts[0][1]
-
-
-def _rounded(value: float) -> float:
-    return round(value, _DECIMALS) + 0.0

@@ -17,22 +17,9 @@ from matplotlib.transforms import offset_copy
 
 from jaxcells.evaluation.comparison import Estimate
 from jaxcells.evaluation.comparison_table import Row
-from jaxcells.evaluation.figures import COLORS, epoch_curve, log_axis_if_wide, save_figure
+from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_wide, save_figure
 from jaxcells.text import shortened
 
-_DPI = 300
-_FONT = 9  # points, at the width of a page
-_LABEL_HEIGHT = 1.45 * _FONT
-_GAP = 8  # pixels between a name and the line right of it
-_PAGE: Any = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": _FONT + 1,
-    "font.size": _FONT,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
 # More experiments than colours take the next line style.
 _STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
 # Units of time, and the seconds up to which each is used.
@@ -41,12 +28,12 @@ _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 
-@rc_context(_PAGE)
+@rc_context(PAGE)
 def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
     """Draw balanced accuracy with its 95 % interval against the training time.
 
     Validation, by which the choice is made, is a filled disc; test, a hollow square beside it. The
-    chosen experiment has a ring and a bold name.
+    chosen experiment has a ring.
 
     Args:
       rows: the experiments.
@@ -57,28 +44,27 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
     log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows])
-    flags = []
+    keys = []
     for row, style in zip(rows, itertools.cycle(_STYLES), strict=False):
-        x, y, color = row.train_s / seconds, row.validation.balanced_accuracy, style["color"]
-        top = _draw_estimate(figure, axes, x, row.validation, color, aside=False)
-        _draw_estimate(figure, axes, x, row.test, color, aside=True)
+        x, y = row.train_s / seconds, row.validation.balanced_accuracy
+        _draw_estimate(figure, axes, x, row.validation, style, aside=False)
+        _draw_estimate(figure, axes, x, row.test, style, aside=True)
         if row.chosen:
-            axes.plot(x, y, "o", ms=14, mfc="none", mec=color, mew=1.6)
-        flags.append((x, top, shortened(row.name, 28), color, "bold" if row.chosen else "normal"))
+            axes.plot(x, y, "o", ms=14, mfc="none", mec=style["color"], mew=1.6)
+        keys.append(Line2D([], [], marker="o", ms=6, label=shortened(row.name, 28), **style))
     axes.margins(x=0.08)
     axes.set(xlabel=f"training time ({unit})", ylabel="balanced accuracy")
     grey: dict[str, Any] = {"color": "#555555", "linestyle": "none"}
-    keys = [
+    keys += [
         Line2D([], [], marker="o", ms=6, label="validation", **grey),
         Line2D([], [], marker="s", ms=5, mfc="white", label="test (moved aside)", **grey),
         Line2D([], [], marker="o", ms=11, mfc="none", mew=1.6, label="chosen", **grey),
     ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=3)
-    _draw_flags(figure, axes, flags)
-    save_figure(figure, path, dpi=_DPI)
+    figure.legend(handles=keys, loc="outside right upper")
+    save_figure(figure, path, dpi=300)
 
 
-@rc_context(_PAGE)
+@rc_context(PAGE)
 def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -> None:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
@@ -102,7 +88,7 @@ def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5))
-    save_figure(figure, path, dpi=_DPI)
+    save_figure(figure, path, dpi=300)
 
 
 def _draw_seeds(
@@ -121,41 +107,16 @@ def _draw_seeds(
 
 
 def _draw_estimate(
-    figure: Figure, axes: Axes, x: float, estimate: Estimate, color: str, *, aside: bool
-) -> float:
-    """Draw a balanced accuracy with its interval and return the upper end of both."""
+    figure: Figure, axes: Axes, x: float, estimate: Estimate, style: dict[str, Any], *, aside: bool
+) -> None:
+    """Draw a balanced accuracy with its interval."""
     y = estimate.balanced_accuracy
     ends = [end for end in estimate.interval_95["balanced_accuracy"] if end is not None]
     axes.update_datalim([(x, end) for end in (y, *ends)])
     axes.autoscale_view()
     # Fixed on paper, not in seconds; for this reason matplotlib leaves it out of the limits.
     place = offset_copy(axes.transData, figure, x=7 if aside else 0, units="points")
-    style: dict[str, Any] = {"color": color, "transform": place}
+    style = style | {"transform": place}
     axes.plot([x] * len(ends), ends, lw=1 if aside else 1.6, marker="_", ms=5, **style)
-    marker, size, face = ("s", 5, "white") if aside else ("o", 6, color)
+    marker, size, face = ("s", 5, "white") if aside else ("o", 6, style["color"])
     axes.plot(x, y, marker=marker, ms=size, mfc=face, **style)
-    return max([y, *ends])
-
-
-def _draw_flags(
-    figure: Figure, axes: Axes, flags: Sequence[tuple[float, float, str, str, str]]
-) -> None:
-    """Write names above the axes, a line down from the start of each to its point (x, top).
-
-    Where names would meet, the one further left is a line higher: no line then crosses a name.
-    """
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the axes stay where they are; saving makes room above
-    above = axes.get_xaxis_transform()
-    rows: list[tuple[float, int]] = []  # where each name starts, in pixels, and its row
-    for x, top, name, color, weight in sorted(flags, reverse=True):
-        place: dict[str, Any] = {"xycoords": above, "textcoords": "offset points"}
-        text = axes.annotate(name, (x, 1), (3, 0), va="bottom", weight=weight, **place)
-        extent = text.get_window_extent()
-        row = 1 + max((row for start, row in rows if start <= extent.x1 + _GAP), default=-1)
-        rows.append((extent.x0, row))
-        height = 4 + row * _LABEL_HEIGHT
-        text.set_position((3, height))
-        end = offset_copy(above, figure, y=height + 0.7 * _LABEL_HEIGHT, units="points")
-        line = {"arrowstyle": "-", "lw": 0.7, "color": color, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", (x, top), (x, 1), textcoords=end, arrowprops=line, zorder=0)

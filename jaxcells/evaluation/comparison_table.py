@@ -10,6 +10,8 @@ from jaxcells.evaluation.comparison import Choice, Comparison, Estimate
 from jaxcells.files import write_csv, write_whole
 from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # arguments of `text_table`
+
 _WIDTH = 100  # of the text; Markdown may be wider
 _SPLITS = ("validation", "test")
 # What a network costs: attributes of a row, how they are headed and shown.
@@ -58,15 +60,6 @@ class Row:
     step_memory_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells as they are shown; `header` may have line breaks, `chosen` numbers rows."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    chosen: Sequence[int] = ()
-
-
 def write_table(
     folder: Path, rows: Sequence[Row], failures: Mapping[str, str], parts: Sequence[str | Table]
 ) -> None:
@@ -74,43 +67,34 @@ def write_table(
 
     The latter has a line per experiment: raw numbers in seconds and bytes. The columns of each
     split are `validation_balanced_accuracy`, `…_deviation` over seeds, `…_low` and `…_high` (the
-    95 % interval), and the same of `accuracy`.
+    95 % interval), and the same of `accuracy`. A line for each failure follows.
 
     Args:
       folder: where the files go.
       rows: the experiments.
-      failures: why an experiment, or one of its seeds, was not trained to the end, by its name.
+      failures: why a training did not come to its end, by its label.
       parts: what `paragraphs` gave.
     """
-    lines = [_csv_line(row) for row in rows]
-    header, found = [*lines[0], "failure"], {row.name for row in rows}
-    lines += [{"experiment": name, "chosen": False} for name in failures if name not in found]
-    for line in lines:
-        line["failure"] = failures.get(line["experiment"])
-        line["status"] = _status(line["experiment"], rows, failures)
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        line = {
+            "experiment": row.name,
+            "chosen": row.chosen,
+            "seeds": " ".join(map(str, row.seeds)),
+        }
+        for split in _SPLITS:
+            estimate = getattr(row, split)
+            for key in ("balanced_accuracy", "accuracy"):
+                low, high = estimate.interval_95[key]
+                line[f"{split}_{key}"] = getattr(estimate, key)
+                line[f"{split}_{key}_deviation"] = getattr(estimate, f"{key}_deviation")
+                line |= {f"{split}_{key}_low": low, f"{split}_{key}_high": high}
+        lines.append(line | {key: getattr(row, key) for key in _COSTS})
+    header = [*lines[0], "failure"]
+    lines += [{"experiment": label, "failure": text} for label, text in failures.items()]
     write_csv(folder / "table.csv", header, [[line.get(key) for key in header] for line in lines])
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
-
-
-def _status(name: str, rows: Sequence[Row], failures: Mapping[str, str]) -> str:
-    """Either "finished", "failed", or "partly failed" where only some seeds were trained."""
-    if name not in failures:
-        return "finished"
-    return "partly failed" if name in {row.name for row in rows} else "failed"
-
-
-def _csv_line(row: Row) -> dict[str, Any]:
-    line: dict[str, Any] = {"experiment": row.name, "status": "", "chosen": row.chosen}
-    line["seeds"] = " ".join(map(str, row.seeds))
-    for split in _SPLITS:
-        estimate = getattr(row, split)
-        for key in ("balanced_accuracy", "accuracy"):
-            low, high = estimate.interval_95[key]
-            line[f"{split}_{key}"] = getattr(estimate, key)
-            line[f"{split}_{key}_deviation"] = getattr(estimate, f"{key}_deviation")
-            line |= {f"{split}_{key}_low": low, f"{split}_{key}_high": high}
-    return line | {key: getattr(row, key) for key in _COSTS}
 
 
 def paragraphs(
@@ -124,84 +108,59 @@ def paragraphs(
 
     Args:
       rows: the experiments, in the order to show them.
-      failures: why an experiment, or one of its seeds, was not trained to the end, by its name.
+      failures: why a training did not come to its end, by its label.
       choice: what the rule chose.
       comparisons: `compare_with` of the chosen experiment on the test split.
       notes: sentences that belong to the figures.
 
     Returns:
       Accuracies, cost, notes, failures, the rule and how each experiment fared by it, the paired
-      comparison on the test split.
+      comparison on the test split; ">" marks the chosen experiment.
     """
-    several = any(len(row.seeds) > 1 for row in rows)
-    over_seeds = "mean ± standard deviation over seeds, " if several else ""
+    accuracies, costs = [], []
+    for row in rows:
+        name, estimates = _marked(row.name, row.chosen), (row.validation, row.test)
+        plain = [f"{estimate.accuracy:.3f}" for estimate in estimates]
+        accuracies.append([name, *map(_shown, estimates), *plain])
+        shown = [show(getattr(row, key)) for key, (_, show) in _COSTS.items()]
+        costs.append([name, str(len(row.seeds)), *shown])
+    header = [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
     return [
-        f"Accuracy: {over_seeds}95 % interval over independent fields (groups), not over seeds.",
-        _accuracy_table(rows),
+        "Accuracy: mean ± standard deviation over seeds where there are several; 95 % interval "
+        "over independent fields (groups), not over seeds.",
+        (["experiment", *header], accuracies),
         *_interval_notes(rows),
         "Cost: training time of one seed (its epochs by their median, compilation apart); "
         "multiply-adds of one crop, forward; memory that a training step needs.",
-        _cost_table(rows),
+        (["experiment", "seeds", *(head for head, _ in _COSTS.values())], costs),
         *notes,
-        *(f"{name} {_status(name, rows, failures)}: {why}" for name, why in failures.items()),
+        *(f"{label} failed: {text}" for label, text in failures.items()),
         *_describe_choice(choice),
         *(_describe_comparisons(choice.chosen, comparisons) if comparisons else []),
     ]
 
 
-def as_markdown(found: Sequence[str | Table]) -> str:
-    """`paragraphs` for a paper, the chosen experiment in bold."""
+def as_markdown(parts: Sequence[str | Table]) -> str:
+    """`paragraphs` for a paper."""
+    return "\n\n".join(markdown(p) if isinstance(p, str) else markdown_table(*p) for p in parts)
+
+
+def as_text(parts: Sequence[str | Table]) -> str:
+    """`paragraphs` as plain text at most 100 columns wide."""
+    fill = textwrap.TextWrapper(_WIDTH, break_on_hyphens=False).fill
     return "\n\n".join(
-        markdown_table(part.header, part.rows, bold=part.chosen)
-        if isinstance(part, Table)
-        else markdown(part)
-        for part in found
+        fill(part) if isinstance(part, str) else text_table(*part, width=_WIDTH) for part in parts
     )
 
 
-def as_text(found: Sequence[str | Table]) -> str:
-    """`paragraphs` as plain text at most 100 columns wide; ">" marks the chosen experiment."""
-    parts = []
-    for part in found:
-        if isinstance(part, Table):
-            marks = "".join(">" if n in part.chosen else " " for n in range(len(part.rows)))
-            parts.append(text_table(part.header, part.rows, marks=marks, width=_WIDTH))
-        else:
-            parts.append(textwrap.fill(part, _WIDTH, break_on_hyphens=False))
-    return "\n\n".join(parts)
-
-
-def _accuracy_table(rows: Sequence[Row]) -> Table:
-    header = ["experiment"]
-    header += [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
-    cells = []
-    for row in rows:
-        estimates = (row.validation, row.test)
-        plain = [f"{estimate.accuracy:.3f}" for estimate in estimates]
-        cells.append([row.name, *map(_shown, estimates), *plain])
-    return Table(header, cells, [n for n, row in enumerate(rows) if row.chosen])
-
-
-def _cost_table(rows: Sequence[Row]) -> Table:
-    header = ["experiment", "seeds", *(head for head, _ in _COSTS.values())]
-    cells = []
-    for row in rows:
-        costs = [show(getattr(row, key)) for key, (_, show) in _COSTS.items()]
-        cells.append([row.name, str(len(row.seeds)), *costs])
-    return Table(header, cells, [n for n, row in enumerate(rows) if row.chosen])
-
-
 def _interval_notes(rows: Sequence[Row]) -> list[str]:
-    """Every note once, with the experiments it is about unless it is about all."""
+    """Every note once, with the experiments that it is about."""
     about: dict[str, list[str]] = {}
     for row in rows:
         for split in _SPLITS:
             if note := getattr(row, split).interval_note:
                 about.setdefault(f"{split}: {note}", []).append(row.name)
-    whom = {note: f" ({', '.join(names)})" for note, names in about.items()}
-    return [
-        f"Note on {note}{whom[note] if len(about[note]) < len(rows) else ''}." for note in about
-    ]
+    return [f"Note on {note} ({', '.join(names)})." for note, names in about.items()]
 
 
 def _describe_choice(choice: Choice) -> list[str | Table]:
@@ -210,16 +169,16 @@ def _describe_choice(choice: Choice) -> list[str | Table]:
     cells = []
     for c in choice.candidates:
         behind = "best" if c is best else _difference(c.behind)
-        cells.append([c.name, behind, "yes" if c.qualifies else "no", duration(c.seconds)])
-    outcome = f"Chosen: {chosen.name}, trained in {duration(chosen.seconds)}."
+        qualifies = "yes" if c.qualifies else "no"
+        cells.append([_marked(c.name, c is chosen), behind, qualifies, duration(c.seconds)])
+    outcome = f"Chosen (>): {chosen.name}, trained in {duration(chosen.seconds)}."
     if best is not chosen:
         outcome += (
             f" Best on validation: {best.name}, {best.estimate.balanced_accuracy:.3f} against "
             f"{chosen.estimate.balanced_accuracy:.3f}, trained in {duration(best.seconds)}."
         )
     header = ("experiment", "best less this,\nvalidation", "qualifies", "training\ntime")
-    table = Table(header, cells, [list(by_name).index(chosen.name)])
-    found: list[str | Table] = [f"Rule: {choice.rule}", table, outcome]
+    found: list[str | Table] = [f"Rule: {choice.rule}", (header, cells), outcome]
     if choice.tested_before_choice:
         tested = ", ".join(choice.tested_before_choice)
         found.append(f"Note: the test split had been opened for {tested} before this choice.")
@@ -239,7 +198,11 @@ def _describe_comparisons(chosen: str, comparisons: Mapping[str, Comparison]) ->
         "number of tests."
     )
     heads = ("chosen less this,\ntest", "only chosen\nright", "only this\nright")
-    return [caption, Table(("experiment", *heads, "McNemar p,\nfirst seeds"), cells)]
+    return [caption, (("experiment", *heads, "McNemar p,\nfirst seeds"), cells)]
+
+
+def _marked(name: str, chosen: bool) -> str:
+    return f"> {name}" if chosen else name
 
 
 def _shown(estimate: Estimate) -> str:

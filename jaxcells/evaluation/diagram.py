@@ -28,10 +28,7 @@ _SMALL, _LARGE = 6.5, 7.5  # points
 _PANEL_COLORS = ("#F5F5F5", "#EDF4F9", "#FDF4E5", "#E9F6F1", "#FAF0F6")
 _BOX_COLORS = ("#DADADA", "#BBD9EC", "#F7D49B", "#AEDDCB", "#EBC3DA")
 _INK = "#333333"
-_SHORTCUTS: dict[str, dict[str, Any]] = {
-    "identity": {"color": "black", "lw": 0.9},
-    "projection": {"color": "black", "lw": 0.9, "linestyle": (0, (2.2, 1.4))},
-}
+_LINES: dict[str, Any] = {"identity": "-", "projection": (0, (2.2, 1.4))}  # of shortcuts
 
 _TOP = 0.65  # of all that lies below the heading
 _BOX_WIDTH, _BOX_HEIGHT = 1.65, 0.37
@@ -251,8 +248,8 @@ def _draw_legend(axes: Axes, x: float, y: float, block: _Block, *, shortcuts: bo
     if shortcuts:
         steps = "norm, relu, 1×1 conv" if block.preactivation else "1×1 conv, norm"
         texts = ("identity shortcut", f"projection: {steps}")
-        for text, style in zip(texts, _SHORTCUTS.values(), strict=True):
-            _wire(axes, [(x, y), (x + 1.3, y)], **style)
+        for text, line in zip(texts, _LINES.values(), strict=True):
+            _wire(axes, [(x, y), (x + 1.3, y)], color="black", lw=0.9, linestyle=line)
             _text(axes, x + 1.5, y, text, ha="left")
             y += 0.4
     _box(axes, x + 0.65, y - _BOX_HEIGHT / 2, "k×k, C, /s", _BOX_COLORS[0], 1.3)
@@ -274,16 +271,15 @@ def _shortcut(axes: Axes, x: float, fork: float, y: float, reach: float, kind: s
     """Draws a line from the fork around a branch to the sum at (x, y)."""
     side = x + reach
     way = [(x, fork), (side, fork), (side, y), (x + _SUM, y)]
-    _wire(axes, way, arrow=True, **_SHORTCUTS[kind])
+    _wire(axes, way, arrow=True, color="black", lw=0.9, linestyle=_LINES[kind])
     axes.add_patch(Circle((x, y), _SUM, facecolor="white", edgecolor=_INK, lw=0.7, zorder=3))
     for dx, dy in ((0.6 * _SUM, 0), (0, 0.6 * _SUM)):
         axes.plot([x - dx, x + dx], [y - dy, y + dy], color=_INK, lw=0.7, zorder=4)
 
 
 def _rectangle(axes: Axes, at: _XY, size: _XY, color: str, radius: float, **style: Any) -> None:
-    style |= {"facecolor": color, "edgecolor": _INK}
     outline = f"round,pad=0,rounding_size={radius}"
-    axes.add_patch(FancyBboxPatch(at, *size, boxstyle=outline, **style))
+    axes.add_patch(FancyBboxPatch(at, *size, boxstyle=outline, fc=color, ec=_INK, **style))
 
 
 def _wire(axes: Axes, points: Sequence[_XY], *, arrow: bool = False, **style: Any) -> None:

@@ -22,6 +22,16 @@ from jaxcells.text import shortened
 # orange, sky blue, black; without the yellow, which is lost on white.
 COLORS = tuple(to_hex(matplotlib.color_sequences["okabe_ito"][n]) for n in (5, 6, 3, 7, 1, 2, 0))
 
+PAGE: Any = {  # how curves look, whose letters are in points at the width of a page
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.labelsize": "medium",
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
 _STYLE: dict[str, dict[str, Any]] = {  # the lines differ in grey too
     "train": {"color": COLORS[0], "linestyle": "--", "label": "train"},
     "val": {"color": COLORS[1], "linestyle": "-", "label": "validation"},
@@ -37,7 +47,8 @@ _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path, *, best_step: int) -> None:
+@matplotlib.rc_context(PAGE)
+def plot_curves(records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int) -> None:
     """Draws loss and accuracy against the epoch, for training and validation.
 
     The loss has a logarithmic axis where it asks for one. A validation loss that swings far above
@@ -64,9 +75,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path, *, best_
             axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
         axes.set(title=key.capitalize(), xlabel="epoch", ylabel="nats" if key == "loss" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend()
     train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
     log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
     if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
@@ -89,7 +98,7 @@ def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
 
 
 def plot_confusion(
-    confusion: npt.ArrayLike, class_names: Sequence[str], path: str | Path, *, title: str
+    confusion: npt.ArrayLike, class_names: Sequence[str], path: Path, *, title: str
 ) -> None:
     """Draws a confusion matrix [K, K] of counts, rows true, as counts and shares of the row."""
     confusion = np.asarray(confusion)
@@ -113,9 +122,8 @@ def plot_confusion(
         axes.text(column, row, text, color=color, **style)
 
     names = [shortened(name, 28) for name in class_names]
-    fits = max(map(len, names)) * 0.09 < cell  # inches that the longest name takes
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(num_classes), names, **_LITERAL, **({} if fits else slanted))
+    axes.set_xticks(range(num_classes), names, **_LITERAL, **slanted)
     axes.set_yticks(range(num_classes), names, **_LITERAL)
     axes.tick_params(length=0)
     axes.set(xlabel="predicted", ylabel="true")
@@ -124,7 +132,7 @@ def plot_confusion(
 
 
 def plot_crops_sheet(
-    crops: Mapping[str, Sequence[npt.NDArray[Any]]], path: str | Path, *, title: str = ""
+    crops: Mapping[str, Sequence[npt.NDArray[Any]]], path: Path, *, title: str = ""
 ) -> None:
     """Draws example crops, one row per class.
 
@@ -133,18 +141,18 @@ def plot_crops_sheet(
     are drawn in magenta and green; of more than three the first three as red, green and blue.
 
     Args:
-      crops: {class name: crops [H, W, C]}, of one dtype and number of channels.
+      crops: {class name: crops [H, W, C]}, of one dtype and shape.
       path: where the PNG goes.
       title: written above the sheet.
     """
-    shown = _displayed([crop for row in crops.values() for crop in row])
-    height, width = np.max([crop.shape[:2] for crop in shown], axis=0)
+    shown = iter(_displayed(np.stack([crop for row in crops.values() for crop in row])))
+    height, width = next(iter(crops.values()))[0].shape[:2]
     gap = max(2, width // 30)
     shape = (len(crops), height + gap, max(map(len, crops.values())), width + gap, 3)
     cells = np.full(shape, 255, np.uint8)
-    places = [(r, c) for r, row in enumerate(crops.values()) for c in range(len(row))]
-    for (row, column), crop in zip(places, shown, strict=True):
-        cells[row, : crop.shape[0], column, : crop.shape[1]] = crop
+    for row, of_class in enumerate(crops.values()):
+        for column in range(len(of_class)):
+            cells[row, :height, column, :width] = next(shown)
     sheet = cells.reshape(shape[0] * shape[1], -1, 3)[:-gap, :-gap]
 
     scale = 1.2 / width  # inches per pixel
@@ -162,7 +170,7 @@ def plot_crops_sheet(
 
 
 def plot_examples(
-    images: npt.NDArray[Any], labels: npt.NDArray[Any], class_names: Sequence[str], path: str | Path
+    images: npt.NDArray[Any], labels: npt.NDArray[Any], class_names: Sequence[str], path: Path
 ) -> None:
     """Draws eight crops of every class, taken evenly over a split: what the network gets to see.
 
@@ -180,9 +188,8 @@ def plot_examples(
     plot_crops_sheet(rows, path, title="training crops")
 
 
-def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
+def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     """Writes a PNG that is either whole or not there; print wants a `dpi` of 300."""
-    path = Path(path)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1)
     os.replace(partial, path)
@@ -202,19 +209,14 @@ def epoch_curve(
     }
 
 
-def _displayed(crops: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[np.uint8]]:
-    """Crops [H, W, C] of any dtype as [H, W, 3] uint8, all on one scale."""
-    channels = crops[0].shape[-1]
-    low, high = np.zeros(channels), np.full(channels, 255.0)
-    if crops[0].dtype != np.uint8:
-        pixels = np.concatenate([crop.reshape(-1, channels) for crop in crops])
-        low, high = np.percentile(pixels, [0.5, 99.5], axis=0)
-    span = np.where(high > low, high - low, 1)
-    colors = np.array(_CHANNEL_COLORS[min(channels, 3)])
-    return [
-        np.rint(255 * np.clip((crop - low) / span, 0, 1)[..., :3] @ colors).astype(np.uint8)
-        for crop in crops
-    ]
+def _displayed(crops: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Crops [N, H, W, C] of any dtype as [N, H, W, 3] uint8, all on one scale."""
+    low, high = np.array([0, 255])
+    if crops.dtype != np.uint8:
+        low, high = np.percentile(crops, [0.5, 99.5], axis=(0, 1, 2))
+    share = np.clip((crops - low) / np.where(high > low, high - low, 1), 0, 1)
+    colors = np.array(_CHANNEL_COLORS[min(crops.shape[-1], 3)])
+    return np.rint(255 * share[..., :3] @ colors).astype(np.uint8)
 
 
 def _percent(share: float) -> str:

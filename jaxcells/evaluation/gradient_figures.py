@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxcells.evaluation.figures import COLORS, save_figure
+from jaxcells.evaluation.figures import COLORS, PAGE, save_figure
 from jaxcells.text import markdown_table
 
 _STYLES: tuple[dict[str, Any], ...] = (  # the dashes tell the lines apart in grey too
@@ -20,7 +21,6 @@ _STYLES: tuple[dict[str, Any], ...] = (  # the dashes tell the lines apart in gr
     {"color": COLORS[0], "linestyle": (0, (5, 1.5)), "marker": "s"},
     {"color": COLORS[2], "linestyle": (0, (1.5, 1)), "marker": "^"},
 )
-_SMALL, _LARGE = 7.5, 8.5  # points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Measurement:
         return None if finite.all() else int(finite.argmin())
 
 
+@rc_context(PAGE)
 def plot_gradients(measured: Sequence[Measurement], path: Path) -> None:
     """Draws the gradient's norm against depth: with norms and without, before training and after.
 
@@ -76,7 +77,9 @@ def plot_gradients(measured: Sequence[Measurement], path: Path) -> None:
     styles = dict(zip(dict.fromkeys(m.network for m in measured), _STYLES, strict=False))
     figure = Figure(figsize=(6.7, 4.9), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, sharey=True)
-    for axes, letter, shown in zip(grid.flat, "abcd", _panels(measured), strict=True):
+    panels = itertools.groupby(sorted(measured, key=_panel), key=_panel)
+    for axes, letter, (_, group) in zip(grid.flat, "abcd", panels, strict=True):
+        shown = list(group)
         axes.set(yscale="log", xlim=(0.5, len(shown[0].layers) + 0.5))
         axes.margins(y=0.1)
         title = f"{letter}  {'With' if shown[0].norms else 'Without'} norms, {_state(shown[0])}"
@@ -86,16 +89,12 @@ def plot_gradients(measured: Sequence[Measurement], path: Path) -> None:
             axes.plot(depth, m.gradient_norms, label=m.network, **look, **styles[m.network])
             if m.diverged is not None:
                 title += f"\n    {m.network} diverged at step {m.diverged}"
-        axes.set_title(title, fontsize=_LARGE, loc="left")
+        axes.set_title(title, loc="left")
         _mark_stages(axes, shown[0].stages)
-        axes.tick_params(labelsize=_SMALL)
-        axes.grid(axis="y", alpha=0.3, lw=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("layer, from image to logits", fontsize=_LARGE)
-    figure.supylabel("norm of the kernel's gradient", fontsize=_LARGE)
-    legend: dict[str, Any] = {"frameon": False, "fontsize": _LARGE, "handlelength": 3.2}
+    figure.supxlabel("layer, from image to logits")
+    figure.supylabel("norm of the kernel's gradient")
     handles = grid[0, 0].get_lines()
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), **legend)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, handlelength=3.2)
     save_figure(figure, path, dpi=300)
 
 
@@ -107,15 +106,14 @@ def describe_gradients(measured: Sequence[Measurement], *, setting: str) -> str:
       setting: what a reader must know of the training, in words.
     """
     about = (
-        "L2 norm of the gradient of the loss with respect to each layer's kernel, against the "
-        "number of the layer on the way from image to logits (projections on shortcuts left out), "
-        "for networks of one depth with and without shortcuts and batch norm: at random "
-        f"initialisation and after {max(m.step for m in measured)} steps of training, on the same "
-        f"batch. One run each; {setting}. Kernels of different stages differ in shape: a curve may "
-        "jump where a stage begins, and two networks are best compared at one layer."
+        "L2 norm of the gradient of the loss with respect to each layer's kernel, from image to "
+        "logits (projections on shortcuts left out), at random initialisation and after "
+        f"{max(m.step for m in measured)} steps of training, on the same batch. One run each; "
+        f"{setting}. Kernels of different stages differ in shape: a curve may jump where a stage "
+        "begins, and two networks are best compared at one layer."
     )
     plain = [m for m in measured if m.norms and m.network.startswith("plain")]
-    found = [f"{_number(m.ends[2])} {_state(m)}" for m in plain]
+    found = [f"{m.ends[2]:.3g} {_state(m)}" for m in plain]
     claim = (
         "He et al. (2016, Deep residual learning, section 4.1) report that plain networks with "
         f"norms have healthy gradients. Here, the norm in the first stage of {plain[0].network} "
@@ -123,38 +121,29 @@ def describe_gradients(measured: Sequence[Measurement], *, setting: str) -> str:
     )
     header = ("network", "norms", "state", "loss", "first stage", "last stage", "first / last")
     rows = []
-    for m in itertools.chain(*_panels(measured)):
-        norms = m.gradient_norms
-        numbers = (m.losses[-1], *m.ends, norms.min(), np.median(norms), norms.max())
+    for m in sorted(measured, key=_panel):
         fate = "" if m.diverged is None else f", diverged at step {m.diverged}"
-        cells = (m.network, "with" if m.norms else "without", _state(m) + fate)
-        rows.append((*cells, *map(_number, numbers)))
-    table = markdown_table((*header, "smallest", "median", "largest"), rows, left=3)
+        numbers = [f"{value:.3g}" for value in (m.losses[-1], *m.ends)]
+        rows.append([m.network, "with" if m.norms else "without", _state(m) + fate, *numbers])
+    table = markdown_table(header, rows, left=3)
     return "\n\n".join([about, claim, table, "Stages are geometric means over their layers."])
 
 
-def _panels(measured: Sequence[Measurement]) -> list[list[Measurement]]:
-    """What every panel shows, in the order of reading."""
-    keys = sorted({(m.step, not m.norms) for m in measured})
-    return [[m for m in measured if (m.step, not m.norms) == key] for key in keys]
+def _panel(m: Measurement) -> tuple[int, bool]:
+    """Panels are in the order of reading."""
+    return m.step, not m.norms
 
 
 def _mark_stages(axes: Axes, stages: npt.NDArray[np.int64]) -> None:
     """Shades every second stage and writes its number at the upper edge."""
-    look: dict[str, Any] = {"color": "#555555", "fontsize": _SMALL - 0.5, "ha": "center"}
+    look: dict[str, Any] = {"color": "#555555", "fontsize": 7, "ha": "center", "va": "top"}
     for stage in range(1, stages.max() + 1):
         inside = 1 + np.flatnonzero(stages == stage)
         if stage % 2:
             axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color="black", alpha=0.05, lw=0)
         name = f"stage {stage}" if len(inside) > 0.15 * len(stages) else f"{stage}"
-        place = (inside.mean(), 0.98)
-        axes.text(*place, name, va="top", transform=axes.get_xaxis_transform(), **look)
+        axes.text(inside.mean(), 0.98, name, transform=axes.get_xaxis_transform(), **look)
 
 
 def _state(m: Measurement) -> str:
     return f"after {m.step} steps" if m.step else "at initialisation"
-
-
-def _number(value: float) -> str:
-    """Three significant digits, as people write them."""
-    return f"{value:.0f}" if 1000 <= value < 10_000 else f"{value:.3g}"

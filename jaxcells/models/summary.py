@@ -101,7 +101,7 @@ def totals(layers: Iterable[Layer]) -> tuple[int, int]:
 
 
 def layer_table(layers: Sequence[Layer]) -> str:
-    """Returns the table as text, with the totals below."""
+    """Returns the table as text, with the totals in its last row."""
     header = ("layer", "kind", "kernel", "output", "parameters", "multiply-adds", "receptive field")
     rows = [
         (
@@ -117,9 +117,7 @@ def layer_table(layers: Sequence[Layer]) -> str:
     ]
     parameters, multiply_adds = totals(layers)
     rows.append(("total", "", "", "", f"{parameters:,}", f"{multiply_adds:,}", ""))
-    head, *body, total = text_table(header, rows, left=4).split("\n")
-    rule = "-" * len(head)
-    return "\n".join([head, rule, *body, rule, total])
+    return text_table(header, rows, left=4)
 
 
 def write_layers_csv(path: Path, layers: Iterable[Layer]) -> None:
@@ -129,8 +127,7 @@ def write_layers_csv(path: Path, layers: Iterable[Layer]) -> None:
         | {"output": by(layer.output), "receptive_field": layer.receptive_field or "all"}
         for layer in layers
     ]
-    header = [field.name for field in dataclasses.fields(Layer)]
-    write_csv(path, header, [list(row.values()) for row in rows])
+    write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _layer(

@@ -14,7 +14,6 @@ Blocks that a pre-activation network runs in a scan are stacked, and single in a
     params/layer1_rest/conv1/kernel  [n - 1, H, W, I, O]  ⇄  layer1.1.conv1.weight, layer1.2.…
 """
 
-import collections
 import dataclasses
 import os
 import re
@@ -59,39 +58,26 @@ class PortReport:
     Attributes:
       source: where the tensors came from.
       loaded: taken over unchanged.
-      adapted: the first convolution, refitted to another number of input channels.
-      fresh: the first convolution, not taken over as that was asked for; the network keeps its own.
       skipped: the head, whose classes are others; the network keeps its own.
-      skipped_why: in what the classes differ.
-      ignored: counters of torch's batch norm, which have no counterpart.
+      notes: what became of tensors that are in no list: the first convolution, refitted to another
+        number of input channels or not taken over as that was asked for; the head; and counters of
+        torch's batch norm, which have no counterpart.
       missing: in the network and not in the source.
       unexpected: in the source and not in the network.
       unfit: of another shape, not floating point, or not finite; each with its reason.
     """
 
     source: str
-    loaded: tuple[str, ...] = ()
-    adapted: tuple[str, ...] = ()
-    fresh: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-    skipped_why: str = ""
-    ignored: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    unfit: tuple[str, ...] = ()
+    loaded: tuple[str, ...]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    unfit: tuple[str, ...]
 
     def summary(self) -> str:
-        """Returns one line for the log: counts, and the names of what was not simply loaded."""
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        if self.adapted:
-            parts.append(f"{', '.join(self.adapted)} adapted to the number of input channels")
-        if self.fresh:
-            parts.append(f"{', '.join(self.fresh)} fresh, as asked for")
-        if self.skipped:
-            parts.append(f"{', '.join(self.skipped)} skipped: new head, {self.skipped_why}")
-        if self.ignored:
-            parts.append(f"{len(self.ignored)} batch counters ignored")
-        return "; ".join(parts)
+        """Returns one line for the log: how many were loaded, and what became of the others."""
+        return "; ".join([f"{len(self.loaded)} tensors loaded", *self.notes])
 
     def problems(self, most: int | None = None) -> str:
         """Returns one line that lists what does not fit; "" if everything does.
@@ -126,6 +112,7 @@ def load_pretrained(
     *,
     conv1: Conv1 = "adapt",
     other_classes: str = "",
+    called: str = "the given weights",
 ) -> tuple[dict[str, Any], PortReport]:
     """Puts the weights of a timm or torchvision network into `variables`.
 
@@ -140,6 +127,7 @@ def load_pretrained(
         channels that have nothing to do with colours.
       other_classes: why a head of as many classes is not for these classes; keeps the one in
         `variables`. "": a head that fits is taken over.
+      called: what messages call tensors that come from no file.
 
     Returns:
       Variables with the loaded values as NumPy arrays in the network's dtypes, and the report.
@@ -149,17 +137,51 @@ def load_pretrained(
       Error: the file cannot be read, see `load_safetensors`.
     """
     if isinstance(source, Mapping):
-        return _merge(source, variables, "the given weights", conv1, other_classes)
-    return _merge(load_safetensors(source), variables, os.fspath(source), conv1, other_classes)
+        tensors = source
+    else:
+        tensors, called = load_safetensors(source), os.fspath(source)
+    merged = flatten_dict(unstack(variables))
+    own = {_torch_name(path): path for path in merged}
+    others = [name for name in tensors if name not in own]
+    unexpected = [name for name in others if not name.endswith(_BATCH_COUNTER)]
+    loaded, skipped, notes, unfit = [], [], [], []
+    for name in [name for name in own if name in tensors]:
+        path, tensor = own[name], tensors[name]
+        array = tensor.transpose(_TO_FLAX.get(tensor.ndim, range(tensor.ndim)))
+        shape, wanted = array.shape, merged[path].shape
+        is_head = path[1] == "fc" and array.ndim == len(wanted) and shape[:-1] == wanted[:-1]
+        if path == _CONV1 and conv1 == "fresh":
+            notes.append(f"{name} fresh, as asked for")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            unfit.append(f"{name}: numbers of type {array.dtype}")
+        elif not np.isfinite(array.astype(np.float32)).all():
+            unfit.append(f"{name}: not finite")
+        elif is_head and (other_classes or shape != wanted):
+            skipped.append(name)
+            if shape != wanted:
+                other_classes = f"{shape[-1]} classes there and {wanted[-1]} here"
+        elif shape == wanted:
+            loaded.append(name)
+            merged[path] = array.astype(merged[path].dtype)
+        elif path == _CONV1 and (*shape[:2], *shape[3:]) == (*wanted[:2], *wanted[3:]):
+            notes.append(f"{name} adapted to the number of input channels")
+            share = array.astype(np.float32).sum(axis=2, keepdims=True) / wanted[2]
+            merged[path] = share.repeat(wanted[2], axis=2).astype(merged[path].dtype)
+        else:
+            unfit.append(f"{name}: {list(shape)} for {list(wanted)}")
+    if skipped:
+        notes.append(f"{', '.join(skipped)} skipped: new head, {other_classes}")
+    if counters := len(others) - len(unexpected):
+        notes.append(f"{counters} batch counters ignored")
+    missing = [name for name in own if name not in tensors]
+    report = PortReport(called, *map(tuple, (loaded, skipped, notes, missing, unexpected, unfit)))
+    if report.problems():
+        raise PortError(report)
+    return unflatten_dict(_stack(merged, flatten_dict(variables))), report
 
 
 def transfer(
-    source_variables: Variables,
-    variables: Variables,
-    *,
-    source: str = "another run",
-    conv1: Conv1 = "adapt",
-    other_classes: str = "",
+    source_variables: Variables, variables: Variables, *, source: str = "another run", **how: Any
 ) -> tuple[dict[str, Any], PortReport]:
     """Puts the variables of another run into `variables`, as `load_pretrained` does.
 
@@ -168,13 +190,12 @@ def transfer(
         here and not there. The report has torch's names for them.
       variables: `{"params", "batch_stats"}` of the network, freshly initialised. Not changed.
       source: what messages call the other run, such as its workdir.
-      conv1: see `load_pretrained`.
-      other_classes: see `load_pretrained`.
+      **how: conv1 and other_classes, see `load_pretrained`.
 
     Raises:
       PortError: missing, unexpected or unfit variables; all of them in one message.
     """
-    return _merge(to_torch(source_variables), variables, source, conv1, other_classes)
+    return load_pretrained(to_torch(source_variables), variables, called=source, **how)
 
 
 def to_torch(variables: Variables) -> dict[str, np.ndarray]:
@@ -242,55 +263,6 @@ def _torch_name(path: KeyPath) -> str:
     *modules, leaf = path[1:]
     renamed = [re.sub(r"^(layer\d+)_(\d+)$", r"\1.\2", _MODULES.get(m, m)) for m in modules]
     return ".".join([*renamed, _LEAVES.get(leaf, leaf)])
-
-
-def _merge(
-    tensors: Mapping[str, np.ndarray],
-    variables: Variables,
-    source: str,
-    conv1: Conv1,
-    other_classes: str,
-) -> tuple[dict[str, Any], PortReport]:
-    """Fills `variables` from tensors with torch's names and layouts."""
-    merged = flatten_dict(unstack(variables))
-    own = {_torch_name(path): path for path in merged}
-    others = [name for name in tensors if name not in own]
-    names = collections.defaultdict(list)
-    names["missing"] = [name for name in own if name not in tensors]
-    names["ignored"] = [name for name in others if name.endswith(_BATCH_COUNTER)]
-    names["unexpected"] = [name for name in others if not name.endswith(_BATCH_COUNTER)]
-    skipped_why = ""
-    for name in [name for name in own if name in tensors]:
-        path, tensor = own[name], tensors[name]
-        array = tensor.transpose(_TO_FLAX.get(tensor.ndim, range(tensor.ndim)))
-        shape, wanted = array.shape, merged[path].shape
-        is_head = path[1] == "fc" and array.ndim == len(wanted) and shape[:-1] == wanted[:-1]
-        if path == _CONV1 and conv1 == "fresh":
-            names["fresh"].append(name)
-        elif not jnp.issubdtype(array.dtype, jnp.floating):
-            names["unfit"].append(f"{name}: numbers of type {array.dtype}")
-        elif not np.isfinite(array.astype(np.float32)).all():
-            names["unfit"].append(f"{name}: not finite")
-        elif is_head and shape != wanted:
-            names["skipped"].append(name)
-            skipped_why = f"{shape[-1]} classes there and {wanted[-1]} here"
-        elif is_head and other_classes:
-            names["skipped"].append(name)
-            skipped_why = other_classes
-        elif shape == wanted:
-            names["loaded"].append(name)
-            merged[path] = array.astype(merged[path].dtype)
-        elif path == _CONV1 and (*shape[:2], *shape[3:]) == (*wanted[:2], *wanted[3:]):
-            names["adapted"].append(name)
-            share = array.astype(np.float32).sum(axis=2, keepdims=True) / wanted[2]
-            merged[path] = share.repeat(wanted[2], axis=2).astype(merged[path].dtype)
-        else:
-            names["unfit"].append(f"{name}: {list(shape)} for {list(wanted)}")
-    kinds: dict[str, Any] = {kind: tuple(each) for kind, each in names.items()}
-    report = PortReport(source, skipped_why=skipped_why, **kinds)
-    if report.problems():
-        raise PortError(report)
-    return unflatten_dict(_stack(merged, flatten_dict(variables))), report
 
 
 def _stack(single: Mapping[KeyPath, Any], like: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:

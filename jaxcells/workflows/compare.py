@@ -30,27 +30,11 @@ from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
 from jaxcells.text import one_line
 from jaxcells.training import mesh
-from jaxcells.training.initialization import Initialization
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
 
 logger = logging.getLogger("jaxcells")
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """An experiment before its test split is opened.
-
-    Attributes:
-      predictions: predicted classes of the validation split, int [N].
-      seconds: of training, see `Progress.typical_train_s`.
-      progress: what `train_run` returned; None if it is tested already.
-    """
-
-    predictions: np.ndarray
-    seconds: float
-    progress: Progress | None
 
 
 def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdir) -> None:
@@ -82,29 +66,45 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
         data = train.prepare_together(base, workdir)
         data.audit.raise_errors()
 
-        trained: dict[str, Trained] = {}
+        predictions: dict[str, np.ndarray] = {}  # classes of the validation split, int [N]
+        seconds: dict[str, float] = {}  # of training, see `Progress.typical_train_s`
+        untested: dict[str, Progress] = {}
         failures: dict[str, str] = {}
         compiled: dict[str, Any] = {}  # the seeds of an experiment share their steps
         for number, e in enumerate(experiments, start=1):
             logger.info("experiment %d of %d: %s", number, len(experiments), e.label)
+            run = runs[e.label]
             if mesh.is_primary():
-                _share_crops(workdir, runs[e.label])
+                _share_crops(workdir, run)
             try:
-                trained[e.label] = _train(e, runs[e.label], data, starts[e.label], compiled)
+                if run.results.exists():
+                    seconds[e.label] = _read_results(run).timing.typical_train_s
+                else:
+                    progress = train.train_run(e.config, run, data, starts[e.label], compiled)
+                    seconds[e.label] = progress.typical_train_s(e.config.optim.freeze_epochs)
+                    untested[e.label] = progress
+                network = predict.load_network(run, "best", compiled)
+                if network.meta.manifest_sha256 != data.crop_set.manifest_sha256:
+                    raise Error(f"{run} was trained on other crops; delete it to train it again")
+                batch_size = e.config.train.batch_size
+                probabilities, _ = predict.predict_split(network, data.arrays["val"], batch_size)
+                predictions[e.label] = probabilities.argmax(axis=1)
             except (Error, MemoryError, jax.errors.JaxRuntimeError) as error:
                 failures[e.label] = one_line(error)
                 logger.warning("%s failed: %s", e.label, error)
             gc.collect()  # tracebacks keep arrays alive in circles
 
-        if trained:
-            done = [e for e in experiments if e.label in trained]
-            choice = _choose(done, trained, workdir, _split(data, "val", base.seed))
+        done = [e for e in experiments if e.label in predictions]
+        if done:
+            means = {name: fmean(values) for name, values in _by_name(done, seconds).items()}
+            choice = choose(_by_name(done, predictions), _split(data, "val", base.seed), means)
+            choice = _keep(choice, workdir, {e.label: runs[e.label] for e in done})
             logger.info("chosen by validation: %s", choice.chosen)
             for e in done:
-                if progress := trained[e.label].progress:
-                    train.open_test_split(e.config, runs[e.label], data, progress, compiled)
+                if trained := untested.get(e.label):
+                    train.open_test_split(e.config, runs[e.label], data, trained, compiled)
             if mesh.is_primary():
-                report(base, experiments, workdir, data, choice, failures)
+                report(base, done, workdir, data, choice, failures)
                 logger.info("tables and figures are in %s", workdir.comparison)
         if failures:
             listed = "; ".join(f"{label}: {text}" for label, text in failures.items())
@@ -121,41 +121,15 @@ def _share_crops(workdir: Workdir, run: Workdir) -> None:
             link.symlink_to(os.path.relpath(folder, run.path), target_is_directory=True)
 
 
-def _train(
-    e: Experiment, run: Workdir, data: PreparedData, init: Initialization, compiled: dict[str, Any]
-) -> Trained:
-    """Trains, or goes on, and predicts the validation split; reads what is tested already."""
-    if run.results.exists():
-        seconds = _read_results(run).timing.typical_train_s
-        return Trained(_read_predictions(run, "val", data), seconds, None)
-    progress = train.train_run(e.config, run, data, init, compiled)
-    network, split = predict.load_network(run, "best", compiled), data.arrays["val"]
-    probabilities, _ = predict.predict_split(network, split, e.config.train.batch_size)
-    if mesh.is_primary():
-        predict.write_predictions(
-            run.predictions("val"), split.records, probabilities, data.crop_set.class_names
-        )
-    seconds = progress.typical_train_s(e.config.optim.freeze_epochs)
-    return Trained(probabilities.argmax(axis=1), seconds, progress)
-
-
 def _read_results(run: Workdir) -> RunResults:
     return from_record(RunResults, read_json(run.results), run.results)
 
 
-def _read_predictions(run: Workdir, name: str, data: PreparedData) -> np.ndarray:
-    """Reads the predicted classes, int [N], of a split of a tested run.
-
-    Raises:
-      Error: there are none, or they are of other crops.
-    """
-    path, rows = run.predictions(name), []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-    if [row["path"] for row in rows] != [record.crop for record in data.arrays[name].records]:
-        raise Error(f"{path}: missing or of other crops; delete {run.results} to predict again")
-    return np.array([data.crop_set.class_names.index(row["prediction"]) for row in rows])
+def _read_predictions(run: Workdir, data: PreparedData) -> np.ndarray:
+    """Reads the predicted classes, int [N], of the test split of a tested run."""
+    path, class_names = run.predictions("test"), data.crop_set.class_names
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return np.array([class_names.index(row["prediction"]) for row in csv.DictReader(file)])
 
 
 def _by_name(experiments: Sequence[Experiment], values: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -172,23 +146,17 @@ def _split(data: PreparedData, name: str, seed: int) -> Split:
     return Split(arrays.labels, arrays.groups, data.crop_set.class_names, seed=seed)
 
 
-def _choose(
-    done: Sequence[Experiment], trained: Mapping[str, Trained], workdir: Workdir, split: Split
-) -> Choice:
-    """Chooses by validation and time alone, and writes choice.json.
+def _keep(choice: Choice, workdir: Workdir, runs: Mapping[str, Workdir]) -> Choice:
+    """Writes choice.json, with those of the runs that have been tested before.
 
-    A choice that stands there already is returned as it was first made: with the trainings that had
-    been tested then. There are some if experiments were added to a finished comparison.
+    The same choice that stands there already is returned as it was first made: with the trainings
+    that had been tested then. There are some if experiments were added to a finished comparison.
     """
-    of_seeds = _by_name(done, trained)
-    predictions = {name: [t.predictions for t in seeds] for name, seeds in of_seeds.items()}
-    seconds = {name: fmean(t.seconds for t in seeds) for name, seeds in of_seeds.items()}
-    choice, path = choose(predictions, split, seconds), workdir.comparison / "choice.json"
+    path = workdir.comparison / "choice.json"
     if path.exists():
         first = from_record(Choice, read_json(path), path)
         if dataclasses.replace(first, tested_before_choice=()) == choice:
             return first
-    runs = {label: Workdir(workdir.experiments / label) for label in trained}
     tested = tuple(label for label, run in runs.items() if predict.times_opened(run, "test"))
     choice = dataclasses.replace(choice, tested_before_choice=tested)
     if mesh.is_primary():
@@ -199,7 +167,7 @@ def _choose(
 
 def report(
     base: ConfigDict,
-    experiments: Sequence[Experiment],
+    done: Sequence[Experiment],
     workdir: Workdir,
     data: PreparedData,
     choice: Choice,
@@ -209,17 +177,16 @@ def report(
 
     Args:
       base: the config of the crops.
-      experiments: all that were asked for; what they found is read from their folders.
+      done: those that were trained; what they found is read from their folders.
       workdir: the comparison's folder.
       data: the crops.
       choice: what was chosen, before any of these was tested.
       failures: why some were not trained, by label.
     """
-    done = [e for e in experiments if e.label not in failures]
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in done}
     results = {label: _read_results(run) for label, run in runs.items()}
     records = {label: read_metrics(run.metrics) for label, run in runs.items()}
-    tests = {label: _read_predictions(run, "test", data) for label, run in runs.items()}
+    tests = {label: _read_predictions(run, data) for label, run in runs.items()}
     predictions, split = _by_name(done, tests), _split(data, "test", base.seed)
     num_crops, *shape, channels = data.arrays["train"].images.shape
     inputs = (*shape, 3 if channels == 1 else channels)  # grey is repeated
@@ -245,14 +212,11 @@ def report(
                 step_memory_bytes=max(r.memory["train_step_bytes"] for r in found),
             )
         )
-    seeds = {e.label: e.seed for e in experiments}
-    texts = {label: f"seed {seeds[label]}: {text}" for label, text in failures.items()}
-    failed = {name: "; ".join(of) for name, of in _by_name(experiments, texts).items()}
     comparisons = compare_with(choice.chosen, predictions, split)
     notes = circumstances(base, done, rows, results[done[0].label].baseline.test_accuracy)
-    parts = comparison_table.paragraphs(rows, failed, choice, comparisons, notes)
+    parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
-    comparison_table.write_table(folder, rows, failed, parts)
+    comparison_table.write_table(folder, rows, failures, parts)
     plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
     plot_curves_together(_by_name(done, records), folder / "curves.png")
     everything = {

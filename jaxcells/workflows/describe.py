@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxcells.config import data_source
-from jaxcells.data.fields import SPLITS, is_hidden
+from jaxcells.data.fields import is_hidden
 from jaxcells.data.sample import CELL_LINES
 from jaxcells.evaluation.diagram import plot_network
 from jaxcells.files import Workdir
@@ -47,12 +47,11 @@ def describe(config: ConfigDict, workdir: Workdir) -> None:
 def _num_classes(config: ConfigDict) -> int:
     """Number of classes as far as folders tell it; 0 if the images or their source must be read."""
     source = data_source(config)
-    if source == "sample":
-        return len(CELL_LINES)
-    folders = _sub_folders(Path(config.data.root).expanduser()) if source == "folder" else []
+    if source != "folder":
+        return len(CELL_LINES) if source == "sample" else 0
+    folders = _sub_folders(Path(config.data.root).expanduser())
     training = [folder for folder in folders if folder.name.lower() in ("train", "training")]
-    comes_split = training and len(folders) == len(SPLITS)
-    return len(_sub_folders(training[0]) if comes_split else folders)
+    return len(_sub_folders(training[0]) if training else folders)
 
 
 def _sub_folders(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.numpy import save
 
 from jaxcells import __version__
 from jaxcells.data.tfds import prepare_tfds
-from jaxcells.files import Error, Workdir
+from jaxcells.files import Error, Workdir, write_whole
 from jaxcells.models.weights import to_torch
 from jaxcells.training.checkpoints import CheckpointMeta, Which, restore_variables
 
@@ -62,7 +61,8 @@ def export_weights(workdir: Workdir, output: Path | None = None, which: Which = 
         raise Error(f"{path}: there is no folder {path.parent}; make it first")
     variables, meta = restore_variables(workdir.checkpoints, which)
     tensors = to_torch(variables)
-    _write_whole(path, _serialize(tensors, _metadata(meta)))
+    with write_whole(path) as file:
+        file.buffer.write(_serialize(tensors, _metadata(meta)))
     logger.info(
         "%s of step %d (%.1f MB) is in %s; %s",
         *(meta.model["name"], meta.step, path.stat().st_size / 1e6, path),
@@ -88,13 +88,9 @@ def export_tfds(workdir: Workdir, output: Path | None = None) -> Path:
     """
     data_dir = workdir.path / "tensorflow_datasets" if output is None else output.expanduser()
     builder = prepare_tfds(workdir.crops, data_dir)
-    path, sizes = Path(builder.data_dir), builder.info.splits
-    logger.info(
-        "%d crops are in %s; TensorFlow Datasets reads them so:\n  %s",
-        *(sum(split.num_examples for split in sizes.values()), path),
-        f"tfds.builder_from_directory({str(path)!r}).as_data_source('train')",
-    )
-    return path
+    reads = f"tfds.builder_from_directory({builder.data_dir!r}).as_data_source('train')"
+    logger.info("TensorFlow Datasets reads the crops by %s", reads)
+    return Path(builder.data_dir)
 
 
 def _metadata(meta: CheckpointMeta) -> dict[str, str]:
@@ -127,24 +123,12 @@ def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -
     return b"".join((len(text).to_bytes(8, "little"), text, memoryview(whole)[start:]))
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _how_to_load(path: Path, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     width, channels = tensors["conv1.weight"].shape[:2]
     if not model["name"].startswith("resnet") or width != 64 or "bn1.weight" not in tensors:
         return f"torchvision has no module for it; init={path} starts a run from it"
-    lines = [
-        "torchvision loads it so:",
-        f"net = torchvision.models.{model['name']}(num_classes={model['num_classes']})",
-        f"net.load_state_dict(safetensors.torch.load_file({str(path)!r}))",
-    ]
-    if channels != 3:
-        lines.insert(2, f"net.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)")
-    return "\n  ".join(lines)
+    conv1 = "" if channels == 3 else f" with a conv1 of {channels} input channels"
+    return (
+        f"torchvision.models.{model['name']}(num_classes={model['num_classes']}){conv1} takes it "
+        f"by load_state_dict(safetensors.torch.load_file({str(path)!r}))"
+    )

@@ -65,8 +65,8 @@ def test_other_settings_are_named(crop_set, root, tmp_path):
     with pytest.raises(Error) as error:
         prepare_crop_set(tmp_path / "crops", root, changed)
     assert str(error.value).startswith(
-        f"{tmp_path / 'crops'} was drawn with other settings: seed was 0, now 4; data.crop_size "
-        "was 32, now 40; data.split_by was 'field', now 'crop'; choose another workdir"
+        f"{tmp_path / 'crops'} was drawn with other settings: data.seed was 0, now 4; "
+        "data.crop_size was 32, now 40; data.split_by was 'field', now 'crop'; choose another"
     )
 
 

@@ -12,22 +12,15 @@ import pytest
 import tifffile
 from PIL import Image
 
-from jaxcells.data.images import (
-    FOREIGN,
-    SUFFIXES,
-    ImageError,
-    inspect_image,
-    read_image,
-    write_crop,
-)
+from jaxcells.data.images import SUFFIXES, ImageError, inspect_image, read_image, write_crop
 from tests.data.pixels import assert_reads, assert_refused, random_pixels
 
 
 def write_examples(folder):
     pixels = random_pixels((40, 30, 3))
     smooth = np.add.outer(np.arange(40), np.arange(30)).astype(np.uint16)
-    for name in ("a.png", "a.jpg", "a.bmp"):
-        Image.fromarray(pixels).save(folder / name)
+    for suffix in ("png", "jpg", "bmp"):
+        Image.fromarray(pixels).save(folder / f"a.{suffix}")
     Image.fromarray(pixels).save(folder / "progressive.jpg", progressive=True)
     jpeg = {"compression": "jpeg", "photometric": "rgb", "rowsperstrip": 8}
     tifffile.imwrite(folder / "jpeg.tif", pixels, **jpeg)
@@ -72,30 +65,34 @@ def test_mutated_files_are_refused_cleanly_or_read_as_inspected(tmp_path):
 
 
 def test_a_bug_of_ours_is_no_damaged_file(tmp_path, monkeypatch):
-    paths = {path.name: path for path in write_examples(tmp_path)}
+    path = write_examples(tmp_path)[-1]
     with monkeypatch.context() as patch:
         patch.delattr(tifffile.TiffPageSeries, "axes")
         with pytest.raises(AttributeError, match="axes"):
-            read_image(paths["zlib.tif"])
+            read_image(path)
     monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda page: 0)  # takes no maxworkers
     with pytest.raises(TypeError, match="maxworkers"):
-        read_image(paths["zlib.tif"])
+        read_image(path)
 
 
 def test_files_that_are_no_images(tmp_path):
     assert_refused(tmp_path / "none.png", "no such file")
     assert_refused(tmp_path, "is a folder")
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    assert_refused(tmp_path / "pipe.png", "not an image file")
     contents = {
         "empty.png": (b"", "is empty"),
-        "text.png": (b"<!DOCTYPE html><html>", "image: it begins with b'<!DOC"),
-        "noise.tif": (bytes(range(200, 250)), "is no PNG, JPEG, TIFF or BMP image"),
+        "text.png": (
+            b"<!DOCTYPE html>",
+            "is no PNG, JPEG, TIFF or BMP image: it begins with b'<!DOC",
+        ),
         "stub.png": (b"\x89PNG\r\n\x1a\n", "truncated"),
         "stub.jpg": (b"\xff\xd8\xff\xe0", "damaged or cut short"),
         "stub.tif": (b"II*\0", "is truncated"),
-        "empty.tif": (b"II*\0" + bytes(8), "has no pages"),
+        "empty.tif": (b"II*\0" + bytes(8), "damaged or cut short"),
         "stub.bmp": (b"BM", "damaged or cut short"),
         "cells.czi": (b"ZISRAWFILE\0\0\0\0\0\0", "CZI file, which is not read: export"),
-        "photo.heic": (b"\0\0\0\x18ftypheic", "HEIC file, which is not read: save it as PNG"),
+        "photo.heic": (b"\0\0\0\x18ftypheic", "HEIC file, which is not read: export"),
         "raw.dng": (b"II*\0\x08\0\0\0", "DNG file, which is not read"),
     }
     for name, (data, words) in contents.items():
@@ -103,20 +100,13 @@ def test_files_that_are_no_images(tmp_path):
         assert_refused(tmp_path / name, words)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_named_pipe_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    assert_refused(tmp_path / "a.png", "not an image file")
-
-
-def test_content_decides_and_a_wrong_name_is_noted(tmp_path):
+def test_content_decides_not_the_name(tmp_path):
     assert {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".stk"} == SUFFIXES
-    assert not SUFFIXES & FOREIGN.keys()
     pixels = random_pixels((6, 5, 3))
     Image.fromarray(pixels).save(tmp_path / "a.tif", "PNG")
-    assert_reads(tmp_path / "a.tif", pixels, notes=["named .tif but holds a PNG"])
+    assert_reads(tmp_path / "a.tif", pixels)
     tifffile.imwrite(tmp_path / "a.PNG", pixels, photometric="rgb")
-    assert_reads(tmp_path / "a.PNG", pixels, notes=["named .png but holds a TIFF"])
+    assert_reads(tmp_path / "a.PNG", pixels)
 
 
 def test_nothing_is_printed_or_logged_while_reading(tmp_path, capfd, caplog):
@@ -139,10 +129,8 @@ def test_many_threads_read_the_same(tmp_path):
     paths = write_examples(tmp_path)
     expected = [read_image(path) for path in paths]
     with ThreadPoolExecutor(8) as pool:
-        for images in zip(*[pool.map(read_image, paths) for _ in range(8)], strict=True):
-            reference = expected.pop(0)
-            for image in images:
-                np.testing.assert_array_equal(image, reference, strict=True)
+        for image, reference in zip(pool.map(read_image, paths * 8), expected * 8, strict=True):
+            np.testing.assert_array_equal(image, reference, strict=True)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])

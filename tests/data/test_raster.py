@@ -3,7 +3,6 @@
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 
 import numpy as np
@@ -51,7 +50,7 @@ def test_png_of_few_bits(tmp_path):
     path.write_bytes(png_bytes(2, 1, 4, 0, [b"\x1f"]))
     assert_reads(path, np.array([[[17], [255]]], np.uint8), notes=["4-bit"])
     path.write_bytes(png_bytes(8, 1, 1, 0, [b"\x1f"]))
-    assert_refused(path, "1-bit", "mask")
+    assert_refused(path, "bool pixels (a mask")
 
 
 def save_palette(path, indices, colours):
@@ -61,25 +60,19 @@ def save_palette(path, indices, colours):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".png", ".bmp"])
-def test_palette_is_a_ramp_or_greys_or_refused(tmp_path, suffix):
+def test_palette_of_png_is_a_ramp_or_greys_or_refused(tmp_path):
     ramp = np.arange(256, dtype=np.uint8)
     indices = random_pixels((9, 8, 1))
     green = np.stack([0 * ramp, ramp, 0 * ramp], -1)
-    path = save_palette(tmp_path / f"a{suffix}", indices, green)
+    path = save_palette(tmp_path / "a.png", indices, green)
     assert_reads(path, indices, notes=["lookup table"])
-    for greys in ([3, 90, 200, 250], [200, 3, 90, 250]):  # what is left of few grey levels
-        levels = np.array(greys, np.uint8)
-        save_palette(path, indices % 4, np.stack([levels] * 3, -1))
-        assert_reads(path, levels[indices % 4], notes=["grey levels"])
+    levels = np.array([200, 3, 90, 250], np.uint8)  # what is left of few grey levels
+    save_palette(path, indices % 4, np.stack([levels] * 3, -1))
+    assert_reads(path, levels[indices % 4], notes=["grey levels"])
     save_palette(path, indices, random_pixels((256, 3), seed=1))
     assert_refused(path, "indexed colours", "save it as grey or RGB")
-
-
-def test_indices_beyond_the_palette_are_damage(tmp_path):
-    path = tmp_path / "a.png"
     path.write_bytes(png_bytes(2, 1, 8, 3, [b"\0\2"], before=[(b"PLTE", b"\5\5\5\7\7\7")]))
-    assert_refused(path, "beyond its palette", inspect=False)
+    assert_refused(path, "index 2 is out of bounds", inspect=False)
 
 
 def test_animated_png_is_refused_and_a_single_frame_is_not(tmp_path):
@@ -95,6 +88,9 @@ def test_png_with_a_wrong_checksum_or_header_is_refused(tmp_path):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert_refused(path, "checksum", inspect=False)
+    data[27] = 1  # the filter method, which libpng would speak about
+    path.write_bytes(data)
+    assert_refused(path, "values that PNG does not define")
     for depth, colour in ((5, 0), (8, 1), (4, 2)):
         path.write_bytes(png_bytes(2, 2, depth, colour, [b"\0\0"] * 2))
         assert_refused(path, "values that PNG does not define")
@@ -121,45 +117,35 @@ def test_orientation_is_applied(tmp_path, orientation):
     pixels = random_pixels((6, 9, 3))
     notes = ["orientation"] if orientation > 1 else []
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif(orientation))
-    with Image.open(tmp_path / "a.jpg") as image:
-        assert_reads(tmp_path / "a.jpg", np.array(ImageOps.exif_transpose(image)), notes=notes)
-    path = write_png(tmp_path / "a.png", pixels, 2, after=[(b"eXIf", exif(orientation))])
-    with Image.open(path) as image:
-        turned = np.array(ImageOps.exif_transpose(image))
-    assert_reads(path, turned, notes=notes)
     tags = [(274, "H", 1, orientation, False)]
     tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extratags=tags)
-    assert_reads(tmp_path / "a.tif", turned, notes=notes)
+    write_png(tmp_path / "a.png", pixels, 2, after=[(b"eXIf", exif(orientation))])
+    for name in ("a.jpg", "a.png", "a.tif"):
+        if name != "a.tif":
+            with Image.open(tmp_path / name) as image:
+                turned = np.array(ImageOps.exif_transpose(image))
+        assert_reads(tmp_path / name, turned, notes=notes)
 
 
 def test_damaged_exif_is_passed_over_in_silence(tmp_path, capfd):
     pixels = random_pixels((6, 9, 3))
     for cut in range(1, len(exif(6))):
         Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif(6)[:cut])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert read_image(tmp_path / "a.jpg").size == pixels.size
+        assert read_image(tmp_path / "a.jpg").size == pixels.size
     assert capfd.readouterr() == ("", "")
 
 
 def test_jpeg_grey_and_colour_are_read_and_cmyk_is_refused(tmp_path):
-    for mode, channels in (("L", 1), ("RGB", 3)):
-        path = tmp_path / f"{mode} [1].JPG"
-        Image.effect_noise((16, 12), 40).convert(mode).save(path, "JPEG")
+    path = tmp_path / "a [1].JPG"
+    for channels in (1, 3):
+        Image.fromarray(random_pixels((12, 16, channels)).squeeze()).save(path, "JPEG")
         with Image.open(path) as image:
             assert_reads(path, np.array(image).reshape(12, 16, channels))
-    Image.new("CMYK", (8, 8)).save(tmp_path / "cmyk.jpg")
-    assert_refused(tmp_path / "cmyk.jpg", "CMYK", "save it as RGB")
+    Image.new("CMYK", (8, 8)).save(path, "JPEG")
+    assert_refused(path, "CMYK", "save it as grey or RGB")
 
 
-def test_first_picture_of_a_multi_picture_jpeg_is_read_with_a_note(tmp_path):
-    first, second = (Image.fromarray(random_pixels((8, 8), seed=k)) for k in (1, 2))
-    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
-    with Image.open(tmp_path / "a.jpg") as image:
-        assert_reads(tmp_path / "a.jpg", np.array(image)[..., None], notes=["first picture"])
-
-
-def test_bmp_is_read(tmp_path):
+def test_bmp_is_read_and_indexed_colours_are_refused(tmp_path):
     path = tmp_path / "a.bmp"
     pixels = random_pixels((5, 7, 4))
     Image.fromarray(pixels[..., 0]).save(path)
@@ -168,13 +154,15 @@ def test_bmp_is_read(tmp_path):
         Image.fromarray(pixels[..., :channels]).save(path)
         assert_reads(path, pixels[..., :3])
     Image.fromarray(pixels[..., 0] > 99).save(path)
-    assert_refused(path, "1-bit", "mask")
+    assert_refused(path, "a mask")
+    save_palette(path, pixels[..., :1], random_pixels((256, 3), seed=1))
+    assert_refused(path, "indexed colours")
 
 
 def test_declared_size_is_capped_before_anything_is_allocated(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(png_bytes(60000, 60000, 8, 2, [b"\0"]))
-    assert_refused(path, "60000x60000x3", "10.1 GiB", "at most 4 GiB", "cut it into fields")
+    assert_refused(path, "60000x60000x3", "10.1 GiB; at most 4 GiB", "cut it into fields")
     path.write_bytes(png_bytes(20000, 20000, 8, 2, [b"\0"]))
     assert_refused(path, "20000x20000x3", f"in a file of {path.stat().st_size} bytes")
     path.write_bytes(png_bytes(0, 5, 8, 0, [b"\0"]))

@@ -56,12 +56,13 @@ def test_channels_without_colour_are_data_and_alpha_is_not(path):
     for channels in (2, 4, 5):
         write(path, five[..., :channels], planarconfig="contig")
         assert_reads(path, five[..., :channels])
+    write(path, five[..., :3], planarconfig="contig", extrasamples=["unassalpha", "unspecified"])
+    assert_reads(path, five[..., :3])
     write(path, five[..., :2], planarconfig="contig", extrasamples=["unassalpha"])
     assert_reads(path, five[..., :1], notes=["alpha"])
     for kind in ("unassalpha", "assocalpha", "unspecified"):
         write(path, five[..., :4], photometric="rgb", extrasamples=[kind])
-        note = "premultiplied" if kind == "assocalpha" else "alpha"
-        assert_reads(path, five[..., :3], notes=[note])
+        assert_reads(path, five[..., :3], notes=["alpha"])
     write(path, five, photometric="rgb", extrasamples=["unspecified"] * 2)
     assert_reads(path, five)
 
@@ -149,20 +150,16 @@ def test_stack_described_by_one_page_is_read_and_its_truncation_seen(path):
 
 def write_stk(path, stack):
     """A MetaMorph stack: one page, tag UIC2 with six integers for each plane."""
-    planes, height, _ = stack.shape
-    uic2 = [n for second in range(planes) for n in (0, 1, 2459000, second, 2459000, 0)]
-    tags = [(33628, 4, 8, (0,) * 8, False), (33629, 5, planes * 3, tuple(uic2), False)]
-    options = {"extratags": tags, "metadata": None, "rowsperstrip": height}
-    write(path, stack.reshape(-1, stack.shape[-1]), **options)
-    with tifffile.TiffFile(path) as tif:
-        tags = tif.pages[0].tags
-        places = {code: tags[code].offset for code in (257, 273, 279, 33628, 33629)}
-        values = {code: tags[code].value[0] for code in (273, 279)}
-    for code, count in ((33628, 4), (33629, planes)):
-        overwrite(path, places[code] + 4, struct.pack("<I", count))
-    overwrite(path, places[257] + 8, struct.pack("<I", height))
-    for code, value in values.items():
-        overwrite(path, places[code] + 2, struct.pack("<HII", 4, 1, value))
+    planes, height, width = stack.shape
+    uic1 = 8 + stack.nbytes
+    uic2 = np.array([(0, 1, 2459000, second, 2459000, 0) for second in range(planes)], "<u4")
+    tags = {256: (4, 1, width), 257: (4, 1, height), 258: (4, 1, 16), 262: (4, 1, 1)}
+    tags |= {273: (4, 1, 8), 278: (4, 1, height), 279: (4, 1, stack[0].nbytes)}
+    tags |= {33628: (4, 4, uic1), 33629: (5, planes, uic1 + 32)}
+    entries = b"".join(struct.pack("<HHII", code, *tag) for code, tag in tags.items())
+    page = struct.pack("<H", len(tags)) + entries + bytes(4)
+    head = b"II*\0" + struct.pack("<I", uic1 + 32 + uic2.nbytes)
+    path.write_bytes(head + stack.tobytes() + bytes(32) + uic2.tobytes() + page)
 
 
 def test_metamorph_stack(tmp_path):

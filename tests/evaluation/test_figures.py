@@ -106,7 +106,8 @@ def test_colors_are_those_of_okabe_and_ito_without_yellow():
 
 def test_confusion_writes_counts_and_shares_of_the_row(drawn):
     confusion = [[999, 1, 0], [0, 0, 0], [30, 10, 40]]
-    plot_confusion(confusion, ["A", "B", "C"], "confusion.png", title="validation")
+    names = ["A", "B", "a long name of a cell line, passage 4"]
+    plot_confusion(confusion, names, "confusion.png", title="validation")
     (axes,) = drawn()
     assert [text.get_text() for text in axes.texts] == [
         *("999\n>99 %", "1\n<1 %", "0"),
@@ -117,16 +118,8 @@ def test_confusion_writes_counts_and_shares_of_the_row(drawn):
     assert [text.get_color() for text in axes.texts[:2]] == ["white", "black"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert axes.get_title() == "validation"
-
-
-def test_confusion_keeps_both_ends_of_long_names(drawn):
-    names = [f"a long name of a cell line, passage {number}" for number in (4, 5)]
-    plot_confusion(np.eye(2, dtype=int), names, "confusion.png", title="")
-    (axes,) = drawn()
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        shown = [label.get_text() for label in labels]
-        assert [name[-9:] for name in shown] == ["passage 4", "passage 5"]
-        assert max(map(len, shown)) == 28
+        assert [label.get_text() for label in labels] == ["A", "B", "a long name of a c…passage 4"]
 
 
 def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
@@ -134,8 +127,7 @@ def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
     plot_confusion(np.eye(2, dtype=int), names, tmp_path / "a.png", title=names[0])
     crops = {name: [np.zeros((8, 8, 1), np.uint8)] for name in names}
     plot_crops_sheet(crops, tmp_path / "b.png", title=names[0])
-    assert (tmp_path / "a.png").stat().st_size > 1000
-    assert (tmp_path / "b.png").stat().st_size > 1000
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
 
 
 def test_sheet_scales_16_bits_by_percentiles_of_all_crops(drawn):
@@ -185,8 +177,8 @@ def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
 
 def test_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     code = (
-        "import sys; from jaxcells.evaluation.figures import plot_confusion;"
-        f"plot_confusion([[1, 0], [0, 1]], ['A', 'B'], {str(tmp_path / 'c.png')!r}, title='');"
+        "import sys; from jaxcells.evaluation.figures import Path, plot_confusion;"
+        f"plot_confusion([[1, 0], [0, 1]], 'AB', Path({str(tmp_path / 'c.png')!r}), title='');"
         "print({'matplotlib.pyplot', 'tkinter', 'jax'} & set(sys.modules))"
     )
     environment = {"MPLBACKEND": "TkAgg", "PATH": "", "MPLCONFIGDIR": str(tmp_path)}

@@ -15,6 +15,18 @@ def images(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def convolve(x, kernel, stride):
+    """The definition, position by position: `[B, H, W, C]` and `[k, k, C, O]` to `[B, h, w, O]`."""
+    size = len(kernel)
+    padded = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+    rows, columns = range(0, x.shape[1], stride), range(0, x.shape[2], stride)
+    y = [
+        [np.tensordot(padded[:, i : i + size, j : j + size], kernel, 3) for j in columns]
+        for i in rows
+    ]
+    return np.moveaxis(np.array(y), 2, 0)
+
+
 def shapes(module, x):
     """Returns shapes and dtypes of a module's variables, as `init` returns them."""
     return jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))

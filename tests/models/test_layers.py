@@ -7,22 +7,9 @@ import numpy as np
 import pytest
 
 from jaxcells.models.layers import Conv, MaxPool
+from tests.models.networks import convolve
 
 max_pool = functools.partial(MaxPool().apply, {})
-
-
-def _convolve(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    """The definition, position by position: `[H, W, C]` and `[k, k, C, O]` to `[h, w, O]`."""
-    size = kernel.shape[0]
-    border = size // 2
-    padded = np.pad(x, ((border, border), (border, border), (0, 0)))
-    rows, columns = range(0, x.shape[0], stride), range(0, x.shape[1], stride)
-    return np.array(
-        [
-            [np.tensordot(padded[i : i + size, j : j + size], kernel, 3) for j in columns]
-            for i in rows
-        ]
-    )
 
 
 @pytest.mark.parametrize("shape", [(8, 9), (9, 8)])
@@ -34,7 +21,7 @@ def test_convolution_is_the_definition_with_torch_padding(shape, size, stride):
 
     y = Conv(3, size, stride).apply({"params": {"kernel": kernel}}, x[None])
 
-    np.testing.assert_allclose(y[0], _convolve(x, kernel, stride), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, convolve(x[None], kernel, stride), rtol=1e-5, atol=1e-5)
 
 
 def test_convolution_starts_with_the_variance_of_torch():

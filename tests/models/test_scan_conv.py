@@ -1,4 +1,3 @@
-import re
 from functools import partial
 
 import jax
@@ -29,24 +28,6 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(shape, size, st
     actual = _pull_back(partial(scan_convolve, stride=stride), x, kernel)
     for ours, plain in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
-
-
-def _axis_orders(convolution):
-    """Orders of axes in the compiled gradient of a scan over three convolutions."""
-
-    def loss(x, kernels):
-        return jax.lax.scan(lambda x, kernel: (convolution(x, kernel), None), x, kernels)[0].sum()
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    text = gradient.lower(_draw(2, 8, 8, 4), _draw(3, 3, 3, 4, 4)).compile().as_text()
-    assert "conditional(" not in text  # the choice of the platform is made before
-    return set(re.findall(r"dim_labels=(\S+?)[,\s]", text))
-
-
-def test_compiled_loop_holds_only_convolutions_that_are_fast_there():
-    fast = {"b01f_01io->b01f"}
-    assert _axis_orders(scan_convolve) == fast
-    assert _axis_orders(convolve) > fast  # else XLA learned it, and this module can go
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -13,8 +13,8 @@ from jaxcells.models.summary import Layer, layer_table, summarize, totals, write
 
 
 @functools.cache
-def _summary(name, norms=True):
-    return summarize(create_model(name, num_classes=1000, norms=norms), (224, 224, 3))
+def _summary(name):
+    return summarize(create_model(name, num_classes=1000), (224, 224, 3))
 
 
 def _rows(layers):
@@ -71,17 +71,6 @@ def test_rows_of_a_residual_network_in_order():
     assert rows["layer3_0/downsample_conv"] == projection
     assert rows["layer3_0/downsample_bn"].receptive_field == 99
     assert len(layers) == 2 * (1 + 16 + 3) + 3
-
-
-def test_plain_network_lacks_the_projections_only():
-    residual, plain = _rows(_summary("resnet34")), _rows(_summary("plain34"))
-    assert plain == {name: row for name, row in residual.items() if "downsample" not in name}
-
-
-def test_network_without_norms():
-    layers = _summary("resnet18", norms=False)
-    assert {layer.kind for layer in layers} == {"conv", "max pool", "mean", "dense"}
-    assert layers == tuple(layer for layer in _summary("resnet18") if layer.kind != "norm")
 
 
 def _probed_side(name, last, size, silent=""):
@@ -167,13 +156,13 @@ def test_table_fits_a_terminal_and_ends_with_the_totals():
     layers = _summary("resnet152")
     lines = layer_table(layers).split("\n")
     assert max(map(len, lines)) <= 100
-    assert len(lines) == len(layers) + 4
+    assert len(lines) == len(layers) + 2
     assert lines[0].split() == [
         *("layer", "kind", "kernel", "output", "parameters", "multiply-adds"),
         *("receptive", "field"),
     ]
-    assert lines[2].split() == ["conv1", "conv", "7x7/2", "112x112x64", "9,408", "118,013,952", "7"]
-    assert lines[-3].split() == ["fc", "dense", "1000", "2,049,000", "2,048,000", "all"]
+    assert lines[1].split() == ["conv1", "conv", "7x7/2", "112x112x64", "9,408", "118,013,952", "7"]
+    assert lines[-2].split() == ["fc", "dense", "1000", "2,049,000", "2,048,000", "all"]
     assert lines[-1].split() == ["total", "60,192,808", f"{totals(layers)[1]:,}"]
 
 

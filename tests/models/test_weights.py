@@ -21,6 +21,7 @@ from jaxcells.models.weights import (
     to_torch,
     transfer,
 )
+from tests.models.networks import random_variables
 
 # Ours, torch's, number of axes; torch's as timm's resnet34.tv_in1k has them.
 NAMES = [
@@ -97,11 +98,8 @@ def test_everything_loaded_when_classes_agree(tmp_path):
     merged, report = load_pretrained(path, fresh)
     assert_equal(merged, source)
     assert set(report.loaded) == set(to_torch(source))
-    assert report.ignored == ("bn1.num_batches_tracked",)
-    assert report.skipped == report.adapted == report.missing == report.unexpected == ()
     assert report.source == str(path)
     assert report.summary() == "13 tensors loaded; 1 batch counters ignored"
-    assert report.problems() == ""
     assert_equal(fresh, make_variables(seed=2))
 
 
@@ -113,25 +111,16 @@ def test_head_kept_when_classes_differ():
         "; fc.weight, fc.bias skipped: new head, 1000 classes there and 3 here"
     )
     assert not {"fc.weight", "fc.bias"} & set(report.loaded)
-    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
-    assert_equal(merged["batch_stats"], source["batch_stats"])
-    np.testing.assert_array_equal(
-        merged["params"]["conv1"]["kernel"], source["params"]["conv1"]["kernel"]
-    )
+    assert_equal(merged, {**source, "params": source["params"] | {"fc": fresh["params"]["fc"]}})
 
 
 def test_head_of_as_many_other_classes_is_kept():
     source, fresh = make_variables(seed=1), make_variables(seed=2)
-    merged, report = load_pretrained(to_torch(source), fresh, other_classes="of other things")
-    assert report.skipped == ("fc.weight", "fc.bias")
-    assert (
-        report.summary()
-        == "11 tensors loaded; fc.weight, fc.bias skipped: new head, of other things"
-    )
-    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
-    merged, report = transfer(source, fresh, other_classes="of other things")
-    assert report.skipped == ("fc.weight", "fc.bias")
-    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
+    for port, there in ((load_pretrained, to_torch(source)), (transfer, source)):
+        merged, report = port(there, fresh, other_classes="of other things")
+        assert report.skipped == ("fc.weight", "fc.bias")
+        assert report.summary().endswith("; fc.weight, fc.bias skipped: new head, of other things")
+        assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
 
 
 def test_head_of_another_width_is_an_error():
@@ -145,8 +134,8 @@ def test_head_of_another_width_is_an_error():
 def test_first_convolution_adapts_to_input_channels(there, here):
     source, fresh = make_variables(seed=1, channels=there), make_variables(seed=2, channels=here)
     merged, report = load_pretrained(to_torch(source), fresh)
-    assert report.adapted == ("conv1.weight",)
-    assert "conv1.weight adapted" in report.summary()
+    loaded = "12 tensors loaded; conv1.weight adapted to the number of input channels"
+    assert report.summary() == loaded
     kernel = source["params"]["conv1"]["kernel"]
     # An image of equal channels is answered as before.
     expected = np.repeat(kernel.sum(axis=2, keepdims=True) / here, here, axis=2)
@@ -157,8 +146,6 @@ def test_first_convolution_adapts_to_input_channels(there, here):
 def test_first_convolution_stays_fresh_when_asked(channels):
     source, fresh = make_variables(seed=1), make_variables(seed=2, channels=channels)
     merged, report = load_pretrained(to_torch(source), fresh, conv1="fresh")
-    assert report.fresh == ("conv1.weight",)
-    assert report.adapted == ()
     assert report.summary() == "12 tensors loaded; conv1.weight fresh, as asked for"
     assert_equal(merged["params"]["conv1"], fresh["params"]["conv1"])
     assert_equal(merged["params"]["bn1"], source["params"]["bn1"])
@@ -173,23 +160,13 @@ def test_all_mistakes_in_one_message():
     tensors["bn1.running_var"] = np.full(4, np.nan, np.float32)
     with pytest.raises(PortError) as caught:
         load_pretrained(tensors, make_variables())
-    report = caught.value.report
-    assert set(report.missing) == {"bn1.bias", "fc.bias"}
-    assert report.unexpected == ("head.weight",)
-    assert {line.split(":")[0] for line in report.unfit} == {
-        "layer2.0.conv1.weight",
-        "bn1.weight",
-        "bn1.running_var",
-    }
+    unfit = {line.split(":")[0] for line in caught.value.report.unfit}
+    assert unfit == {"layer2.0.conv1.weight", "bn1.weight", "bn1.running_var"}
     text = str(caught.value)
     assert "\n" not in text
-    assert "1 unexpected (head.weight), " in text
-    assert "2 missing (bn1.bias, fc.bias), " in text
-    assert "3 unfit (" in text
-    assert "[3, 3, 4, 6] for [3, 2, 4, 6]" in text
-    assert "numbers of type int8" in text
-    assert "not finite" in text
-    assert "model.name" in text
+    assert "1 unexpected (head.weight), 2 missing (bn1.bias, fc.bias), 3 unfit (" in text
+    for part in ("[3, 3, 4, 6] for [3, 2, 4, 6]", "type int8", "not finite", "model.name"):
+        assert part in text
 
 
 def test_long_lists_are_cut_in_the_message_and_whole_in_the_report():
@@ -228,9 +205,8 @@ def test_other_floats_become_the_network_s(tmp_path, dtype):
 def test_transfer_from_another_run():
     source, fresh = make_variables(seed=1, classes=4), make_variables(seed=2, classes=3)
     merged, report = transfer(source, fresh, source="runs/a")
-    assert set(report.skipped) == {"fc.weight", "fc.bias"}
     assert {"layer2.0.conv1.weight", "bn1.running_mean"} < set(report.loaded)
-    assert report.summary().startswith("11 tensors loaded; fc.")
+    assert report.summary().startswith("11 tensors loaded; fc.weight, fc.bias skipped")
     assert report.source == "runs/a"
     assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
     assert_equal(merged["params"]["layer2_0"], source["params"]["layer2_0"])
@@ -281,18 +257,11 @@ def test_stacked_units_are_single_in_a_file_and_stacked_again(tmp_path):
         load_pretrained(tensors, fresh)
 
 
-def random_variables(model, *, channels=3, seed=0):
-    rng = np.random.default_rng(seed)
-    x = jnp.zeros((1, 32, 32, channels))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-    return jax.tree.map(lambda s: rng.uniform(0.1, 0.3, s.shape).astype(s.dtype), shapes)
-
-
 @pytest.mark.parametrize("channels", [1, 5])
 def test_adapted_stem_answers_grey_images_as_the_one_of_three_channels(channels):
     model = create_model("resnet18", num_classes=3, width=8)
-    source = random_variables(model, seed=1)
-    fresh = random_variables(model, channels=channels, seed=2)
+    source = random_variables(model, jnp.zeros((1, 32, 32, 3)), seed=1)
+    fresh = random_variables(model, jnp.zeros((1, 32, 32, channels)), seed=2)
     merged, _ = load_pretrained(to_torch(source), fresh)
     grey = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
     three, adapted = (

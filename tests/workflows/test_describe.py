@@ -8,6 +8,7 @@ from configs import default
 from jaxcells.files import Workdir
 from jaxcells.models import create_model
 from jaxcells.models.summary import layer_table, summarize
+from jaxcells.workflows import describe as workflow
 from jaxcells.workflows.describe import describe
 
 
@@ -38,26 +39,28 @@ def test_table_file_and_picture(config, tmp_path, capsys, caplog):
     with Image.open(tmp_path / "run/describe/network.png") as image:
         image.load()
     assert str(tmp_path / "run/describe") in caplog.text
-    assert sorted(path.name for path in (tmp_path / "run/describe").iterdir()) == [
-        "layers.csv",
-        "network.png",
-    ]
+    names = {path.name for path in (tmp_path / "run/describe").iterdir()}
+    assert names == {"layers.csv", "network.png"}
 
 
-def test_plain_network_is_drawn_as_one(config, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        "jaxcells.workflows.describe.plot_network", lambda *_, **kw: drawn.append(kw)
-    )
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the drawing was told, in place of a file."""
+    calls = []
+    monkeypatch.setattr(workflow, "plot_network", lambda *_, **kw: calls.append(kw))
+    return calls
+
+
+def test_plain_network_is_drawn_as_one(config, tmp_path, drawn):
     for config.model.name in ("resnet18", "plain18"):
         describe(config, Workdir(tmp_path))
     assert [kw["shortcuts"] for kw in drawn] == [True, False]
     assert [kw["title"] for kw in drawn] == ["resnet18", "plain18"]
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("split", [False, True])
-def test_classes_are_the_folders(config, tmp_path, capsys, split, monkeypatch):
-    monkeypatch.setattr("jaxcells.workflows.describe.plot_network", lambda *_, **kw: None)
+def test_classes_are_the_folders(config, tmp_path, capsys, split):
     root = tmp_path / "images"
     for folder in ("Train", "val", "test") if split else ("",):
         for name in ("a", "b", "c d", "e", ".hidden"):
@@ -69,8 +72,8 @@ def test_classes_are_the_folders(config, tmp_path, capsys, split, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [{"source": "tfds:cells"}, {"root": "/nowhere"}])
-def test_what_is_not_known_is_said(config, tmp_path, capsys, caplog, monkeypatch, data):
-    monkeypatch.setattr("jaxcells.workflows.describe.plot_network", lambda *_, **kw: None)
+@pytest.mark.usefixtures("drawn")
+def test_what_is_not_known_is_said(config, tmp_path, capsys, caplog, data):
     caplog.set_level(logging.INFO, "jaxcells")
     config.data.update(data, crop_size=0)
     _, rows = described(config, tmp_path, capsys)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from configs import gradients as shipped
 from jaxcells.data.loader import train_batches
 from jaxcells.files import Error, Workdir
-from jaxcells.models.preact import BasicUnit, PreActResNet
+from jaxcells.models.preact import PreActBasic
 from jaxcells.models.resnet import BasicBlock, ResNet
 from jaxcells.workflows import gradients
 from jaxcells.workflows.gradients import compare_gradients, measure_gradients
@@ -30,14 +30,16 @@ def small_config(**changes):
 
 def two_blocks(name, *, num_classes, width, norms, scan, **_):
     """One block in each of two stages: all that the real networks have but the depth."""
-    sizes = {"num_classes": num_classes, "width": width, "norms": norms}
-    if name.startswith("preact"):
-        return PreActResNet((1, 1), BasicUnit, scan=scan, **sizes)
-    return ResNet((1, 1), BasicBlock, shortcut=name.startswith("resnet"), **sizes)
+    block = PreActBasic if name.startswith("preact") else BasicBlock
+    options = {"shortcut": not name.startswith("plain"), "norms": norms, "scan": scan}
+    return ResNet((1, 1), block, num_classes, width, **options)
 
 
 class TwoLayers(nn.Module):
     num_classes: int
+
+    def layout(self):
+        return []
 
     @nn.compact
     def __call__(self, x, *, train):
