@@ -20,9 +20,11 @@ def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.S
       learning_rate: the first learning rate.
       num_steps: number of updates in the whole run.
     """
-    if name == "cosine":
-        return optax.cosine_decay_schedule(learning_rate, num_steps)
-    return optax.constant_schedule(learning_rate)
+    schedules = {
+        "constant": optax.constant_schedule(learning_rate),
+        "cosine": optax.cosine_decay_schedule(learning_rate, num_steps),
+    }
+    return schedules[name]
 
 
 def make_optimizer(
