@@ -194,7 +194,7 @@ def restore(
     """
     folder = _find(directory, which)
     found = _read_arrays(folder, "variables") | _read_arrays(folder, "optimizer")
-    return flax.serialization.from_state_dict(target, found), _read_meta(folder)
+    return flax.serialization.from_state_dict(target, found), read_meta(directory, int(folder.name))
 
 
 def restore_variables(
@@ -213,7 +213,7 @@ def restore_variables(
       Error: if there is no such checkpoint, or it is damaged.
     """
     folder = _find(directory, which)
-    return _read_arrays(folder, "variables"), _read_meta(folder)
+    return _read_arrays(folder, "variables"), read_meta(directory, int(folder.name))
 
 
 def read_meta(directory: Path, which: Which = "best") -> CheckpointMeta:
@@ -222,7 +222,8 @@ def read_meta(directory: Path, which: Which = "best") -> CheckpointMeta:
     Raises:
       Error: if there is no such checkpoint, or its record is damaged.
     """
-    return _read_meta(_find(directory, which))
+    folder = _find(directory, which)
+    return from_record(CheckpointMeta, _read_record(folder)["meta"], folder)
 
 
 # Folders: a checkpoint gets its number by one rename when it is whole, and loses it by one.
@@ -296,10 +297,6 @@ def _read_arrays(folder: Path, item: str) -> dict[str, Any]:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     return json.loads((_checked(folder, "record") / "metadata").read_bytes())
-
-
-def _read_meta(folder: Path) -> CheckpointMeta:
-    return from_record(CheckpointMeta, _read_record(folder)["meta"], folder)
 
 
 def _check_finite(step: int, tree: dict[str, Any]) -> None:
