@@ -27,8 +27,8 @@ from jaxcells.data.loader import train_batches
 from jaxcells.data.normalization import IMAGENET_MEAN, IMAGENET_STD, fit_normalization
 from jaxcells.models import create_model
 from jaxcells.training import mesh, optim, state, steps
-from jaxcells.training.features import Inputs, compute_features
-from jaxcells.training.freeze import frozen_prefix
+from jaxcells.training.features import Inputs, make_inputs
+from jaxcells.training.recipe import Recipe
 from tools.torchvision_import import import_torchvision
 
 _TASKS = {"last stage and head": "(?!layer4|fc)", "linear probe": "(?!fc)"}
@@ -53,16 +53,11 @@ def ours(
     fresh = state.create_train_state(
         model, tx, sample_shape=(1, *images.shape[1:]), key=jax.random.key(0)
     )
-    prefix = frozen_prefix(model.segments, fresh.params, (pattern,))
-
+    recipe = Recipe({}, 0, args.batch_size, 1, _SGD["learning_rate"], freeze=(pattern,))
     crops = Inputs(images, images[:0], normalize)
-    features = compute_features(
-        *(model, fresh.variables, prefix, crops, Path(tempfile.mkdtemp()) / "features"),
-        symmetries=False,
-        batch_size=args.batch_size,
-        fingerprint="benchmark",
-    )
-    assert features is not None, "the disk has no room"
+    folder = Path(tempfile.mkdtemp()) / "features"
+    features = make_inputs(model, fresh.variables, crops, recipe, recipe.num_epochs, folder)
+    assert features is not crops, "the disk has no room"
 
     def contestant(inputs: Inputs) -> Train:
         apply_fn = functools.partial(model.apply, first=inputs.first_segment)

@@ -98,11 +98,22 @@ def predict_split(
 
 
 def evaluate_split(
-    network: TrainedNetwork, split: SplitArrays
-) -> tuple[np.ndarray, SplitMetrics, dict[str, float]]:
-    """Returns what `predict_split` does, and the figures with intervals over independent fields."""
+    network: TrainedNetwork, split: SplitArrays, path: Path
+) -> tuple[SplitMetrics, dict[str, float]]:
+    """Predicts a split, writes its predictions, and compares them with the labels.
+
+    Args:
+      network: the network.
+      split: its pixels and labels.
+      path: of the predictions.
+
+    Returns:
+      The figures, with intervals over independent fields; and seconds as of `predict_split`.
+    """
     meta = network.meta
     probabilities, seconds = predict_split(network, split, meta.batch_size)
+    if mesh.is_primary():
+        write_predictions(path, split.records, probabilities, meta.class_names)
     metrics = classification_metrics(
         probabilities,
         split.labels,
@@ -110,7 +121,7 @@ def evaluate_split(
         groups=split.groups,
         seed=meta.seed,
     )
-    return probabilities, metrics, seconds
+    return metrics, seconds
 
 
 def write_predictions(
@@ -136,26 +147,14 @@ def write_history(workdir: Workdir, verb: str, split: str, step: int) -> int:
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     line = {"time": now, "verb": verb, "split": split, "checkpoint": step}
-    before = workdir.history.read_text(encoding="utf-8") if workdir.history.exists() else ""
     with open(workdir.history, "a", encoding="utf-8") as file:
-        # A line that a crash cut off stays as it is, and counts.
-        file.write("\n" * (before != "" and not before.endswith("\n")) + json.dumps(line) + "\n")
-    return _times_opened(workdir, split)
+        file.write(json.dumps(line) + "\n")
+    return times_opened(workdir, split)
 
 
-def has_opened(workdir: Workdir, split: str) -> bool:
-    """Says whether history.jsonl knows of a time when a split of the workdir was opened."""
-    return _times_opened(workdir, split) > 0
-
-
-def _times_opened(workdir: Workdir, split: str) -> int:
+def times_opened(workdir: Workdir, split: str) -> int:
+    """Returns how often a split of the workdir has been opened, by its history.jsonl."""
     if not workdir.history.exists():
         return 0
-
-    def opens(line: str) -> bool:
-        try:
-            return json.loads(line)["split"] == split
-        except (ValueError, KeyError, TypeError):
-            return True
-
-    return sum(map(opens, workdir.history.read_text(encoding="utf-8").splitlines()))
+    # As text: a line that a crash cut off, and what stands behind it, is no JSON.
+    return workdir.history.read_text(encoding="utf-8").count(f'"split": "{split}"')

@@ -26,8 +26,6 @@ class Timing:
       features_s: of computing what the frozen start of the network makes of the crops.
       train_s: of training.
       typical_train_s: of training on an idle machine, see `Progress.typical_train_s`.
-      validate_s: of validation.
-      checkpoint_s: of saving.
       evaluate_s: of the final evaluation of both splits.
       total_s: of everything.
       train_images_per_second: over all epochs.
@@ -39,8 +37,6 @@ class Timing:
     features_s: float
     train_s: float
     typical_train_s: float
-    validate_s: float
-    checkpoint_s: float
     evaluate_s: float
     total_s: float
     train_images_per_second: float

@@ -31,7 +31,9 @@ def augment(
     if dihedral:
         images = apply_symmetries(images, draw_symmetries(key, len(images)))
     if intensity:
-        images = _random_gain_and_offset(images, jax.random.split(key)[1], intensity)
+        key, shape = jax.random.split(key)[1], (2, len(images), 1, 1, 1)
+        gain, offset = jax.random.uniform(key, shape, minval=-intensity, maxval=intensity)
+        images = images * (1 + gain) + offset
     return images
 
 
@@ -68,10 +70,3 @@ def apply_symmetries(images: jax.Array, symmetries: jax.Array) -> jax.Array:
     if images.shape[1] == images.shape[2]:
         images = jnp.where(done(4), images.swapaxes(1, 2), images)
     return images
-
-
-def _random_gain_and_offset(images: jax.Array, key: jax.Array, strength: float) -> jax.Array:
-    gain, offset = jax.random.uniform(
-        key, (2, images.shape[0], 1, 1, 1), minval=-strength, maxval=strength
-    )
-    return images * (1 + gain) + offset

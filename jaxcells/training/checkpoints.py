@@ -39,19 +39,14 @@ from jaxcells.training.state import TrainState
 
 Which = int | Literal["latest", "best"]
 
-_ITEMS = {"variables": ("params", "batch_stats"), "optimizer": ("step", "opt_state")}
 _SHA256SUMS = "SHA256SUMS"
 _UNFINISHED = ".unfinished-"
 
 logger = logging.getLogger("jaxcells")
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in PurePath(record.pathname).parts
-
-
 # Through absl, Orbax reports every small thing that it does. What goes wrong, it raises.
-logging.getLogger("absl").addFilter(_not_from_orbax)
+logging.getLogger("absl").addFilter(lambda r: "orbax" not in PurePath(r.pathname).parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +107,12 @@ def save(
     step = int(state.step)
     tree = flax.serialization.to_state_dict(jax.device_get(state))
     scores = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-    _check_finite(step, tree, scores or {})
-    record = {"meta": dataclasses.asdict(meta), "metrics": scores}
+    _check_finite(step, tree | {f"validation {k}": value for k, value in (scores or {}).items()})
+    items = {
+        "variables": ocp.args.StandardSave({k: tree[k] for k in ("params", "batch_stats")}),
+        "optimizer": ocp.args.StandardSave({k: tree[k] for k in ("step", "opt_state")}),
+        "record": ocp.args.JsonSave({"meta": dataclasses.asdict(meta), "metrics": scores}),
+    }
     unfinished = directory / f"{_UNFINISHED}{step}"
     try:
         if mesh.is_primary():
@@ -124,11 +123,6 @@ def save(
             if (free := shutil.disk_usage(directory).free) < needed:
                 raise OSError(f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            items = {
-                item: ocp.args.StandardSave({name: tree[name] for name in names})
-                for item, names in _ITEMS.items()
-            }
-            items["record"] = ocp.args.JsonSave(record)
             checkpointer.save(unfinished, args=ocp.args.Composite(**items))
         if mesh.is_primary():
             _write_sha256sums(unfinished)
@@ -196,14 +190,11 @@ def restore(
       The state, with NumPy arrays: pass it through `mesh.replicate`. And what was saved with it.
 
     Raises:
-      Error: if there is no such checkpoint, if it is damaged, or if it is of another network or
-        optimiser.
+      Error: if there is no such checkpoint, or if it is damaged.
     """
     folder = _find(directory, which)
     found = _read_arrays(folder, "variables") | _read_arrays(folder, "optimizer")
-    _check_same_arrays(folder, found, flax.serialization.to_state_dict(target))
-    meta = read_meta(directory, int(folder.name))
-    return flax.serialization.from_state_dict(target, found), meta
+    return flax.serialization.from_state_dict(target, found), read_meta(directory, int(folder.name))
 
 
 def restore_variables(
@@ -287,47 +278,31 @@ def _read_sha256sums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def _check_sha256sums(folder: Path, item: str) -> None:
+def _checked(folder: Path, item: str) -> Path:
+    """Returns the path of what a checkpoint holds, if it is what was written."""
     for name, digest in _read_sha256sums(folder).items():
         if name.startswith(f"{item}/") and file_sha256(folder / name) != digest:
             raise Error(
                 f"checkpoint {folder} is damaged ({name} has changed since it was written): "
                 "delete that folder to go on from the checkpoint before it"
             )
+    return folder.absolute() / item
 
 
 def _read_arrays(folder: Path, item: str) -> dict[str, Any]:
-    _check_sha256sums(folder, item)
     # Without a target nothing is cast, reshaped or sent to a device.
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute() / item)
+        return checkpointer.restore(_checked(folder, item))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    _check_sha256sums(folder, "record")
-    return json.loads((folder / "record" / "metadata").read_bytes())
+    return json.loads((_checked(folder, "record") / "metadata").read_bytes())
 
 
-def _check_finite(step: int, tree: dict[str, Any], metrics: Mapping[str, float]) -> None:
-    values = {f"validation {name}": value for name, value in metrics.items()}
-    for name, value in (values | flatten_dict(tree, sep="/")).items():
+def _check_finite(step: int, tree: dict[str, Any]) -> None:
+    for name, value in flatten_dict(tree, sep="/").items():
         if not np.isfinite(value).all():
             raise Error(
                 f"training diverged: {name} is not finite at step {step}; "
                 "try a lower optim.learning_rate"
             )
-
-
-def _check_same_arrays(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    there, here = (
-        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in flatten_dict(t, sep="/").items()}
-        for t in (found, expected)
-    )
-    differing = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
-    if differing:
-        name = differing[0]
-        raise Error(
-            f"checkpoint {folder} is of another network or optimiser: {name} is "
-            f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here ("
-            f"{len(differing)} arrays differ); use the config of that run"
-        )

@@ -7,6 +7,7 @@ means every path that begins with a match of it: `layer4` is all of the fourth s
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -74,11 +75,8 @@ def frozen_prefix(
       patterns: what is frozen.
     """
     paths = flatten_dict(params, sep="/")
-    for number, names in enumerate(segments):
-        own = [path for path in paths if path.split("/")[0] in names]
-        if not all(matches(patterns, path) for path in own):
-            return number
-    return len(segments)
+    learning = {path.split("/")[0] for path in paths if not matches(patterns, path)}
+    return len(list(itertools.takewhile(learning.isdisjoint, segments)))
 
 
 def frozen_norms(patterns: Sequence[str]) -> AbstractContextManager[None]:

@@ -1,6 +1,5 @@
 """Where a network's first parameters come from: ImageNet, a file, an earlier run, or chance."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -77,14 +76,11 @@ def _origin(init: Initialization) -> Mapping[str, Any]:
         return {}
     if init.kind == "run":
         return vars(read_meta(Workdir(init.path).checkpoints))
-    # As `export weights` writes it, or anything.
-    found: dict[str, Any] = weights.load_metadata(init.path)
-    for key, kind in (("class_names", list), ("images_by_split", dict)):
-        value = None
-        with contextlib.suppress(KeyError, ValueError):
-            value = json.loads(found[key])
-        found[key] = value if isinstance(value, kind) else None
-    return found
+    metadata = weights.load_metadata(init.path)
+    if "jaxcells" not in metadata:  # not of `export weights`
+        return {}
+    known = metadata.keys() & {"class_names", "images_by_split"}
+    return metadata | {key: json.loads(metadata[key]) for key in known}
 
 
 def images_by_split(crop_set: CropSet, init: Initialization) -> dict[str, tuple[str, ...]]:
@@ -99,7 +95,7 @@ def images_by_split(crop_set: CropSet, init: Initialization) -> dict[str, tuple[
       {"train": …, "val": …}: of the images trained on and of those chosen by, the first 16 digits
       of the SHA-256 of their files.
     """
-    before = _origin(init).get("images_by_split") or {}
+    before = _origin(init).get("images_by_split", {})
     return {
         split: tuple(sorted({*before.get(split, ()), *_images(crop_set, split)}))
         for split in ("train", "val")
@@ -186,10 +182,9 @@ def initialize(
 
 
 def _other_classes(there: Sequence[str] | None, here: Sequence[str]) -> str:
-    """Says how the classes differ; "" if they do not, or if one side is not known."""
+    """Says how as many classes differ; "" if they do not, or if one side is not known."""
     if not there or not here or list(there) == list(here):
         return ""
-    if sorted(there) == sorted(here):
-        return "the classes stand in another order there"
-    others = [name for name in there if name not in here]
-    return f"other classes there, such as {others[0]}" if others else "more classes here"
+    if others := [name for name in there if name not in here]:
+        return f"other classes there, such as {others[0]}"
+    return "the classes stand in another order there"

@@ -21,14 +21,12 @@ from jaxcells.text import duration
 from jaxcells.training import checkpoints, mesh, optim, steps
 from jaxcells.training.augment import draw_symmetries
 from jaxcells.training.checkpoints import CheckpointMeta
-from jaxcells.training.features import Inputs, discard_features, make_inputs
+from jaxcells.training.features import Inputs, discarded_at_the_end, make_inputs
 from jaxcells.training.initialization import Initialization, images_by_split, initialize
-from jaxcells.training.progress import Progress, StepTotals, check_finite, open_metrics
-from jaxcells.training.recipe import Phase, Recipe, make_phases
+from jaxcells.training.progress import Progress, check_finite, open_metrics
+from jaxcells.training.recipe import Recipe
 from jaxcells.training.signals import Interrupted, StopRequest
 from jaxcells.training.state import TrainState, create_train_state
-
-__all__ = ["Recipe", "check_crops", "train"]
 
 logger = logging.getLogger("jaxcells")
 
@@ -72,6 +70,9 @@ def train(
     labels, class_names = arrays["train"].labels, crop_set.class_names
     steps_per_epoch = num_batches(len(labels), recipe.batch_size)
     num_steps = steps_per_epoch * recipe.num_epochs
+    phases = [(recipe.num_epochs, recipe.freeze)]  # last epoch, what is frozen until then
+    if recipe.freeze_epochs:
+        phases = [(recipe.freeze_epochs, recipe.freeze), (recipe.num_epochs, ())]
     devices = mesh.make_mesh()
     rows = mesh.local_rows(recipe.batch_size, devices)
     model_args = {**recipe.model, "num_classes": len(class_names)}
@@ -116,6 +117,9 @@ def train(
     crops = Inputs(arrays["train"].images, arrays["val"].images, meta.normalization)
     state, step, progress = mesh.replicate(state, devices), meta.step, meta.progress
     began = start - progress.total_s
+    class_weights = _class_weights(recipe.class_weights, labels)
+    pending: dict[str, jax.Array] = {}  # what training to `step` returned, still being computed
+    clock = start  # of training, validation and saving apart
 
     @jax.jit
     def draw(step: int) -> jax.Array:
@@ -130,23 +134,22 @@ def train(
             row = symmetry * len(labels) + batch["image"]
             yield mesh.shard_batch({**batch, "image": inputs.train[row]}, devices)
 
-    def compile_steps(phase: Phase, inputs: Inputs) -> tuple[TrainState, Any, Any]:
+    def compile_steps(freeze: tuple[str, ...], inputs: Inputs) -> tuple[TrainState, Any, Any]:
         """Returns the state for a phase, and its steps of training and of evaluation."""
-        class_weights = _class_weights(recipe.class_weights, labels)
         batch = next(make_batches(inputs))
-        what = dataclasses.replace(recipe, seed=0), phase, inputs.first_segment, meta.normalization
+        what = dataclasses.replace(recipe, seed=0), freeze, inputs.first_segment, meta.normalization
         key = repr((*what, num_steps, class_weights, jax.tree.map(jax.typeof, batch)))
         if key not in compiled:
             clock = time.monotonic()
             apply_fn = functools.partial(model.apply, first=inputs.first_segment)
-            tx = make_optimizer(freeze=phase.freeze)
+            tx = make_optimizer(freeze=freeze)
             train_step: Any = steps.make_train_step(
                 inputs.normalize,
                 label_smoothing=recipe.label_smoothing,
                 class_weights=class_weights,
                 dihedral=recipe.dihedral and not inputs.has_symmetries,
                 intensity=recipe.intensity,
-                freeze=phase.freeze,
+                freeze=freeze,
             )
             arguments = state.replace(apply_fn=apply_fn, tx=tx), batch, step_key
             train_step = mesh.jit_train_step(train_step, devices).lower(*arguments).compile()
@@ -157,11 +160,21 @@ def train(
         progress.step_bytes = max(progress.step_bytes, mesh.bytes_of(train_step))
         return state.replace(apply_fn=apply_fn, tx=tx), train_step, eval_step
 
+    def read() -> None:
+        """Waits for the step under way, if there is one, and adds it to the progress."""
+        nonlocal pending, clock
+        if pending:
+            values = jax.device_get(pending)
+            check_finite(float(values["loss"]), step)
+            for name in progress.totals:
+                progress.totals[name] += values[name].item()
+            pending, before, clock = {}, clock, time.monotonic()
+            progress.epoch_s += clock - before
+
     def save(metrics: Mapping[str, float] | None = None) -> None:
-        clock = time.monotonic()
-        progress.total_s = clock - began
+        read()
+        progress.total_s = time.monotonic() - began
         checkpoints.save(workdir.checkpoints, state, dataclasses.replace(meta, step=step), metrics)
-        progress.checkpoint_s += time.monotonic() - clock
 
     def check_stop() -> None:
         if stop.signal:
@@ -170,11 +183,10 @@ def train(
 
     def finish_epoch(eval_step: Any, images: np.ndarray) -> str:
         """Validates, writes both records, saves, and returns a line."""
+        read()
         trained = progress.finish_epoch() | {"learning_rate": float(schedule(step - 1))}
-        clock = time.monotonic()
         batches = eval_batches(images, arrays["val"].labels, recipe.batch_size, rows)
         val = _means(eval_step(state, mesh.shard_batch(batch, devices)) for batch in batches)
-        progress.validate_s += time.monotonic() - clock
         check_finite(val["loss"], step)
         epoch = step // steps_per_epoch
         write({"step": step, "epoch": epoch, "split": "train", **trained})
@@ -187,57 +199,53 @@ def train(
         )
 
     def remaining() -> str:
-        seconds = (time.monotonic() - clock) / (step - first_step) * (last_step - step)
+        read()
+        seconds = (time.monotonic() - phase_began) / (step - first_step) * (last_step - step)
         return f"about {duration(seconds)} for the next {last_step - step} steps"
 
     with (
+        discarded_at_the_end(workdir.features),
         open_metrics(workdir, first_step=step) as write,
         StopRequest() as stop,
         tqdm(total=num_steps, initial=step, unit="step", disable=None, dynamic_ncols=True) as bar,
     ):
-        totals = StepTotals(progress)
-        for phase in make_phases(recipe):
-            first_step, last_step = step, phase.last_epoch * steps_per_epoch
+        for last_epoch, freeze in phases:
+            first_step, last_step = step, last_epoch * steps_per_epoch
             if step >= last_step:
                 continue
-            inputs = make_inputs(
-                *(model, state.variables, crops, recipe, phase, workdir.features),
-                fingerprint=crop_set.manifest_sha256,
-                check_stop=check_stop,
-            )
+            inputs = crops
+            if freeze:
+                inputs = make_inputs(
+                    *(model, state.variables, crops, recipe, last_epoch, workdir.features),
+                    before=progress.features_s > 0 if step else None,
+                    check_stop=check_stop,
+                )
             if not progress.features_s:  # a resumed run counts them once
                 progress.features_s = inputs.features_s
                 progress.compile_s += inputs.compile_s
-            state, train_step, eval_step = compile_steps(phase, inputs)
-            batches, saved, clock = make_batches(inputs), step, time.monotonic()
-            totals.restart()
+            state, train_step, eval_step = compile_steps(freeze, inputs)
+            batches, saved = make_batches(inputs), step
+            clock = phase_began = time.monotonic()
             while step < last_step:
                 if stop.requested(step + 1):
-                    totals.read()
                     if saved < step:
                         save()
                     check_stop()
-                state, of_step = train_step(state, next(batches), step_key)
-                step += 1
-                totals.add(step, of_step)
+                state, totals = train_step(state, next(batches), step_key)
+                read()  # the step before: the device never waits for this process
+                pending, step = totals, step + 1
                 bar.update()
                 if step == first_step + _ESTIMATE_AFTER:
-                    totals.read()
                     logger.info("%s, validation apart", remaining())
                 if step % steps_per_epoch == 0:
-                    totals.read()
                     line = finish_epoch(eval_step, inputs.val)
                     logger.info("%s%s", line, f"; {remaining()}" if step < last_step else "")
                 elif recipe.every_steps and step % recipe.every_steps == 0:
-                    totals.read()
                     save()
                 else:
                     continue
-                saved = step
-                totals.restart()
+                saved, clock = step, time.monotonic()
         check_stop()  # during the last step, or what came after it
-    if mesh.is_primary():
-        discard_features(workdir.features)
     progress.total_s = time.monotonic() - began
     return progress
 
@@ -260,12 +268,10 @@ def _means(batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
     loss, confusion = 0.0, np.zeros(())
     for totals in map(jax.device_get, batches):
         loss, confusion = loss + float(totals["loss"]), confusion + totals["confusion"]
-    count, recall = confusion.sum(), np.diag(confusion) / confusion.sum(axis=1)
-    accuracy = float(np.trace(confusion) / count)
     return {
-        "loss": loss / float(count),
-        "accuracy": accuracy,
-        "balanced_accuracy": float(recall.mean()),
+        "loss": loss / float(confusion.sum()),
+        "accuracy": float(np.trace(confusion) / confusion.sum()),
+        "balanced_accuracy": float(np.mean(np.diag(confusion) / confusion.sum(axis=1))),
     }
 
 

@@ -42,23 +42,18 @@ def initialize_distributed() -> None:
     Raises:
       Error: if only some of the three variables are set, or a number is not one.
     """
-    given = {name: value for name in _DISTRIBUTED if (value := os.environ.get(name))}
-    if not given:
+    given = [os.environ.get(name, "") for name in _DISTRIBUTED]
+    if not any(given):
         if any(os.environ.get(name, "1") not in ("", "0", "1") for name in _LAUNCHED):
             jax.distributed.initialize()
         return
-    missing = [name for name in _DISTRIBUTED if name not in given]
-    if missing:
-        raise Error(
-            f"{', '.join(given)} set without {', '.join(missing)}: set all three to run in "
-            "several processes, none to run in one"
-        )
-    coordinator, num_processes, process_id = given.values()
+    coordinator, num_processes, process_id = given
     numbers = num_processes.isdigit() and process_id.isdigit()
-    if not numbers or int(process_id) >= int(num_processes):
+    if not coordinator or not numbers or int(process_id) >= int(num_processes):
+        listed = ", ".join(f"{n}={value}" for n, value in zip(_DISTRIBUTED, given, strict=True))
         raise Error(
-            f"JAXCELLS_NUM_PROCESSES={num_processes} and JAXCELLS_PROCESS_ID={process_id}: the "
-            "second must be a whole number from 0 to one below the first"
+            f"{listed}: set all three to run in several processes, the last to a whole number from "
+            "0 to one below the second; set none to run in one"
         )
     jax.distributed.initialize(
         coordinator,
@@ -76,14 +71,11 @@ def is_primary() -> bool:
 
 def wait_for_all(name: str) -> None:
     """Returns when every process of the run has come to the place of this name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    multihost_utils.sync_global_devices(name)
 
 
 def of_primary(value: bool) -> bool:
     """Returns the value that the primary process passes, in every process of the run."""
-    if jax.process_count() == 1:
-        return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
@@ -120,7 +112,7 @@ def local_rows(batch_size: int, mesh: Mesh) -> slice:
     """
     if batch_size % mesh.size:
         smaller = batch_size // mesh.size * mesh.size
-        sizes = " or ".join(str(size) for size in (smaller, smaller + mesh.size) if size)
+        sizes = f"{smaller} or {smaller + mesh.size}" if smaller else mesh.size
         raise Error(
             f"a batch of {batch_size} cannot be dealt equally to {mesh.size} devices: use "
             f"train.batch_size={sizes}"
@@ -176,9 +168,7 @@ def bytes_of(step: Compiled) -> int:
 
     That is: arguments, results that do not take the place of arguments, and temporary arrays.
     """
-    memory = step.memory_analysis()
-    if memory is None:
-        return 0
+    memory: Any = step.memory_analysis()
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcells.files import Error
 from jaxcells.training.freeze import map_with_path, matches
 
 
@@ -20,18 +19,12 @@ def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.S
         at `num_steps` (Loshchilov and Hutter 2017, SGDR, eq. 5, without restarts).
       learning_rate: the first learning rate.
       num_steps: number of updates in the whole run.
-
-    Raises:
-      Error: if the name is neither.
     """
-    if name == "constant":
-        return optax.constant_schedule(learning_rate)
-    if name == "cosine":
-        return optax.cosine_decay_schedule(learning_rate, num_steps)
-    raise Error(
-        f"optim.schedule={name!r} is not known: use optim.schedule=constant or "
-        "optim.schedule=cosine"
-    )
+    schedules = {
+        "constant": optax.constant_schedule(learning_rate),
+        "cosine": optax.cosine_decay_schedule(learning_rate, num_steps),
+    }
+    return schedules[name]
 
 
 def make_optimizer(

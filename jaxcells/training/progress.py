@@ -5,12 +5,10 @@ import dataclasses
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import tensorboardX
 
 from jaxcells.files import Error, Workdir, write_whole
@@ -28,8 +26,6 @@ class Progress:
       epoch_s: seconds of training in the epoch under way.
       train_s: seconds of training in finished epochs.
       epochs_s: seconds of training in each of them.
-      validate_s: seconds of validation.
-      checkpoint_s: seconds of saving.
       compile_s: seconds of compilation.
       features_s: seconds of computing what the frozen start of a network makes of the crops.
       prepare_s: seconds that crops, arrays and audit took when the run began.
@@ -44,8 +40,6 @@ class Progress:
     epoch_s: float = 0.0
     train_s: float = 0.0
     epochs_s: list[float] = dataclasses.field(default_factory=list)
-    validate_s: float = 0.0
-    checkpoint_s: float = 0.0
     compile_s: float = 0.0
     features_s: float = 0.0
     prepare_s: float = 0.0
@@ -79,45 +73,6 @@ class Progress:
         self.images += int(count)
         self.epoch_s, self.totals = 0.0, Progress().totals
         return means
-
-
-class StepTotals:
-    """Adds up what training steps return one step later, so that the device never waits.
-
-    Args:
-      progress: what to add to.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Leaves out of the training time what happened since the last call."""
-        self._clock = time.monotonic()
-
-    def add(self, step: int, totals: dict[str, jax.Array]) -> None:
-        """Takes what training to `step` returned, still being computed."""
-        self.read()
-        self._pending = step, totals
-
-    def read(self) -> None:
-        """Waits for the last step and adds it to the progress.
-
-        Raises:
-          Error: its loss is not finite; names the step.
-        """
-        if self._pending:
-            step, totals = self._pending
-            values = jax.device_get(totals)
-            check_finite(float(values["loss"]), step)
-            for name in self._progress.totals:
-                self._progress.totals[name] += values[name].item()
-        self._pending = None
-        now = time.monotonic()
-        self._progress.epoch_s += now - self._clock
-        self._clock = now
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -165,7 +120,5 @@ def read_metrics(path: Path) -> list[Record]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                records.append(record)
+            records.append(json.loads(line))
     return records

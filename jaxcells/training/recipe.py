@@ -46,26 +46,3 @@ class Recipe:
     intensity: float = 0.0
     normalize: str = "auto"
     every_steps: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Consecutive epochs in which the same parameters are trained.
-
-    Attributes:
-      num_epochs: how many.
-      last_epoch: number of epochs from the start of the run to the end of these.
-      freeze: regular expressions over the paths of the parameters that are not trained.
-    """
-
-    num_epochs: int
-    last_epoch: int
-    freeze: tuple[str, ...]
-
-
-def make_phases(recipe: Recipe) -> tuple[Phase, ...]:
-    """Divides a run into the epochs with frozen parameters and those without."""
-    first, whole = recipe.freeze_epochs, recipe.num_epochs
-    if recipe.freeze and 0 < first < whole:
-        return Phase(first, first, recipe.freeze), Phase(whole - first, whole, ())
-    return (Phase(whole, whole, recipe.freeze),)

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C as a request that the training loop answers between two steps."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
@@ -36,12 +36,7 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -102,12 +102,10 @@ def make_train_step(
         )
 
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            variables = {**state.variables, "params": params}
             with frozen_norms(freeze):
                 logits, moved = state.apply_fn(
-                    {"params": params, "batch_stats": state.batch_stats},
-                    images,
-                    train=True,
-                    mutable=["batch_stats"],
+                    variables, images, train=True, mutable=["batch_stats"]
                 )
             loss = cross_entropy(
                 logits,

@@ -157,7 +157,7 @@ def _keep(choice: Choice, workdir: Workdir, runs: Mapping[str, Workdir]) -> Choi
         first = from_record(Choice, read_json(path), path)
         if dataclasses.replace(first, tested_before_choice=()) == choice:
             return first
-    tested = tuple(label for label, run in runs.items() if predict.has_opened(run, "test"))
+    tested = tuple(label for label, run in runs.items() if predict.times_opened(run, "test"))
     choice = dataclasses.replace(choice, tested_before_choice=tested)
     if mesh.is_primary():
         path.parent.mkdir(exist_ok=True)

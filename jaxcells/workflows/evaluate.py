@@ -45,13 +45,10 @@ def evaluate(workdir: Workdir, *, split: str, which: Which) -> SplitMetrics:
     opened = predict.write_history(workdir, "evaluate", split, meta.step)
     if split == "test":
         logger.info("the test split of this run has now been opened %d times", opened)
-    probabilities, metrics, seconds = predict.evaluate_split(network, arrays)
     name = f"{split}_step{meta.step}"
+    metrics, seconds = predict.evaluate_split(network, arrays, workdir.predictions(name))
     more = {"checkpoint": meta.step, "evaluate_s": seconds["evaluate_s"]}
     write_json(workdir.evaluation(name), dataclasses.asdict(metrics) | more)
-    predict.write_predictions(
-        workdir.predictions(name), arrays.records, probabilities, meta.class_names
-    )
     print(summary_table(metrics, f"{split} split, checkpoint of step {meta.step}"))
     logger.info("written to %s", workdir.evaluation(name))
     return metrics

@@ -19,13 +19,13 @@ from jaxcells.evaluation.results import Baseline, RunResults, Timing
 from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.training import mesh
-from jaxcells.training.checkpoints import list_steps
+from jaxcells.training.checkpoints import CheckpointMeta, list_steps
 from jaxcells.training.freeze import check_patterns
 from jaxcells.training.initialization import Initialization, check_no_leak, find_initialization
 from jaxcells.training.loop import train
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.recipe import Recipe
-from jaxcells.workflows.prepare import PreparedData, prepare_crops, prepare_data
+from jaxcells.workflows.prepare import PreparedData, check_place, prepare_crops, prepare_data
 
 logger = logging.getLogger("jaxcells")
 
@@ -43,6 +43,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
       Error: anything a user can mend.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
+    check_place(config, workdir)
     # Of several processes the first one keeps the workdir for all.
     with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
         check_config(config, workdir)
@@ -121,16 +122,14 @@ def prepare_together(config: ConfigDict, workdir: Workdir) -> PreparedData:
 
 def make_recipe(config: ConfigDict) -> Recipe:
     """Returns what the keys of a config say about training."""
-    expressions = {
-        "freeze": tuple(config.optim.freeze),
-        "multipliers": parse_multipliers(config.optim.multipliers),
-    }
+    sgd = config.optim.to_dict()
+    sgd["multipliers"] = parse_multipliers(sgd["multipliers"])
     return Recipe(
         model=config.model.to_dict(),
         seed=config.seed,
         normalize=config.data.normalize,
         **config.data.augment,
-        **(config.optim.to_dict() | expressions),
+        **sgd,
         **config.train,
         **config.checkpoint,
     )
@@ -189,8 +188,10 @@ def open_test_split(
     meta, arrays = network.meta, data.arrays
     opened = predict.write_history(workdir, "train", "test", meta.step) if mesh.is_primary() else 0
     train, test = arrays["train"], arrays["test"]
-    _, val_metrics, val_seconds = predict.evaluate_split(network, arrays["val"])
-    probabilities, test_metrics, test_seconds = predict.evaluate_split(network, test)
+    val_metrics, val_seconds = predict.evaluate_split(
+        network, arrays["val"], workdir.predictions("val")
+    )
+    test_metrics, test_seconds = predict.evaluate_split(network, test, workdir.predictions("test"))
     evaluate_s = val_seconds["evaluate_s"] + test_seconds["evaluate_s"]
     results = RunResults(
         validation=val_metrics,
@@ -201,16 +202,13 @@ def open_test_split(
             mean_std_baseline(train.images, train.labels, test.images, test.labels),
         ),
         init=meta.init,
-        data=_describe_data(config, data)
-        | {"normalization": dataclasses.asdict(meta.normalization)},
+        data=_describe_data(config, data, meta),
         timing=Timing(
             crop_s=progress.prepare_s,
             compile_s=progress.compile_s + val_seconds["compile_s"] + test_seconds["compile_s"],
             features_s=progress.features_s,
             train_s=progress.train_s,
             typical_train_s=progress.typical_train_s(config.optim.freeze_epochs),
-            validate_s=progress.validate_s,
-            checkpoint_s=progress.checkpoint_s,
             evaluate_s=evaluate_s,
             total_s=progress.total_s + time.monotonic() - start,
             train_images_per_second=progress.images / progress.train_s,
@@ -224,9 +222,6 @@ def open_test_split(
         environment=read_json(workdir.environment),
     )
     if mesh.is_primary():
-        predict.write_predictions(
-            workdir.predictions("test"), test.records, probabilities, meta.class_names
-        )
         plot_curves(read_metrics(workdir.metrics), workdir.figure("curves"), best_step=meta.step)
         plot_confusion(
             test_metrics.confusion_matrix,
@@ -240,27 +235,19 @@ def open_test_split(
     return results
 
 
-def _describe_data(config: ConfigDict, data: PreparedData) -> dict[str, Any]:
-    crop_set, audit, images = data.crop_set, data.audit, data.arrays["train"].images
-
-    def per_class(what: str) -> dict[str, dict[str, int]]:
-        return {
-            split: {name: count[what] for name, count in counts.items()}
-            for split, counts in audit.counts.items()
-        }
-
+def _describe_data(config: ConfigDict, data: PreparedData, meta: CheckpointMeta) -> dict[str, Any]:
+    crop_set, images = data.crop_set, data.arrays["train"].images
     return {
         "source": data_source(config),
         "root": config.data.root,
         "split_by": "as found" if crop_set.came_split else config.data.split_by,
         "classes": list(crop_set.class_names),
-        "crops_per_class": per_class("crops"),
-        "fields_per_class": per_class("fields"),
-        "image": {"shape": list(images.shape[1:]), "dtype": images.dtype.name},
-        "notes": list(crop_set.notes),
-        "audit": {
-            "errors": list(audit.errors),
-            "warnings": list(audit.warnings),
-            "shared_pixels": dict(audit.shared_pixels),
+        "crops_per_class": {
+            split: {name: count["crops"] for name, count in counts.items()}
+            for split, counts in data.audit.counts.items()
         },
+        "image": {"shape": list(images.shape[1:]), "dtype": images.dtype.name},
+        "normalization": dataclasses.asdict(meta.normalization),
+        "notes": list(crop_set.notes),
+        "audit": dataclasses.asdict(data.audit),
     }
