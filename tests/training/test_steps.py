@@ -24,8 +24,8 @@ class Tiny(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         x = nn.Conv(4, (3, 3), name="conv")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x))
-        return nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
+        x = nn.BatchNorm(momentum=0.9, name="bn")(x, use_running_average=not train)
+        return nn.Dense(self.num_classes, name="fc")(nn.relu(x).mean((1, 2)))
 
 
 class Linear(nn.Module):
