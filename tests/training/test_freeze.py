@@ -69,11 +69,11 @@ def test_the_frozen_prefix_ends_at_the_first_parameter_that_learns(params, freez
     assert frozen_prefix(segments, params, freeze) == expected
 
 
-def start(model, freeze, size, **settings):
+def start(freeze, **settings):
     """A state and a compiled step of training."""
     schedule = make_schedule("constant", learning_rate=0.1, num_steps=1)
     tx = make_optimizer(schedule, freeze=freeze, **settings)
-    state = create_train_state(model, tx, sample_shape=(1, size, size, 1), key=jax.random.key(1))
+    state = create_train_state(Tiny(), tx, sample_shape=(1, 8, 8, 1), key=jax.random.key(1))
     return state, jax.jit(make_train_step(normalize, freeze=freeze))
 
 
@@ -83,7 +83,7 @@ def bits(tree):
 
 @pytest.mark.parametrize("freeze", [("conv", "bn"), ("bn/scale", "fc/bias")])
 def test_frozen_parameters_and_statistics_stay_bit_for_bit_and_the_others_move(freeze):
-    state, step = start(Tiny(), freeze, size=8, weight_decay=0.1)
+    state, step = start(freeze, weight_decay=0.1)
     # A negative zero shows whether zero was added.
     kernel = state.params["conv"]["kernel"].at[0].set(-0.0)
     bias = state.params["fc"]["bias"].at[0].set(-0.0)
@@ -130,7 +130,7 @@ def test_a_frozen_norm_uses_its_running_statistics():
 
 def test_what_is_frozen_costs_no_gradient():
     def flops(freeze):
-        state, step = start(Tiny(), freeze, size=8)
+        state, step = start(freeze)
         compiled = step.lower(state, make_batch(), jax.random.key(0)).compile()
         return compiled.cost_analysis()["flops"]
 
