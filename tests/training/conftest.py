@@ -1,4 +1,4 @@
-"""A small training in this process: two classes, 40 crops of 32 pixels, five blocks."""
+"""A small training in this process: two classes, 40 crops of 32 pixels, two blocks."""
 
 import dataclasses
 
@@ -50,8 +50,8 @@ def compiled():
 
 
 def create_small_model(**arguments):
-    """A network of one block a stage."""
-    return create_model(**arguments).clone(stage_sizes=(1, 1, 1, 1))
+    """A network of two blocks."""
+    return create_model(**arguments).clone(stage_sizes=(1, 1))
 
 
 def create_small_state(*, seed=0, **arguments):

@@ -39,9 +39,9 @@ def variables_at(workdir, step):
 @pytest.mark.parametrize(
     "settings",
     [
-        PHASES | {"multipliers": (("layer4", 0.1),)},
+        PHASES | {"multipliers": (("layer2", 0.1),)},
         # As many epochs as there are symmetries, or they are not worth keeping.
-        {"freeze": ("(?!layer4|fc)",), "dihedral": True, "num_epochs": 8},
+        {"freeze": ("(?!layer2|fc)",), "dihedral": True, "num_epochs": 8},
     ],
     ids=["head first, then all", "flips and turns"],
 )

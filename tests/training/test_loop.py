@@ -37,7 +37,7 @@ def whole(train, augmented, tmp_path_factory):
 def test_stopped_at_any_step_and_resumed_is_bit_identical(
     train, augmented, whole, tmp_path, stop_at
 ):
-    for stop in (1, 3, 4, 5, 8, 14):
+    for stop in (1, 3, 5, 14):
         stop_at(stop)
         with pytest.raises(Interrupted, match=f"stopped at step {stop} of {NUM_STEPS}"):
             train(augmented, tmp_path)
@@ -55,9 +55,9 @@ def test_what_is_trained_is_what_is_stored(data, whole):
     assert meta.normalization.kind == "imagenet"
     assert meta.step == meta.num_steps == NUM_STEPS
     assert meta.progress.images == 3 * 40
-    assert meta.progress.step_bytes > 100_000
+    assert meta.progress.step_bytes > 50_000
     assert meta.manifest_sha256 == data.crop_set.manifest_sha256
-    assert variables["params"]["fc"]["kernel"].shape == (32, 2)
+    assert variables["params"]["fc"]["kernel"].shape == (8, 2)
 
 
 def test_records_after_the_last_checkpoint_are_removed(train, augmented, whole):

@@ -84,11 +84,11 @@ def assert_trees_close(actual, expected):
 
 def test_other_variables_come_with_a_new_optimiser_state():
     new = tiny_state()
-    state, _ = train_step(new, make_batch(), jax.random.key(0))
-    ported = jax.tree.map(lambda x: x + 1, state.variables)
-    fresh = with_variables(state, ported)
+    trained, _ = train_step(new, make_batch(), jax.random.key(0))
+    ported = jax.tree.map(lambda x: x + 1, trained.variables)
+    fresh = with_variables(new.replace(opt_state=trained.opt_state), ported)
     assert_trees_equal(fresh.variables, ported)
-    assert_trees_equal(fresh.opt_state, state.tx.init(ported["params"]))
+    assert_trees_equal(fresh.opt_state, new.tx.init(ported["params"]))
     for step in (new.step, fresh.step):  # an array, or the step is compiled twice
         assert (step.dtype, step.weak_type, int(step)) == (jnp.int32, False, 0)
 
