@@ -120,8 +120,8 @@ def test_two_processes_equal_two_devices_bit_for_bit_and_one_device(tmp_path):
         for process in processes:
             process.kill()
     for index in range(2):
-        found = np.load(tmp_path / f"2-{index}.npz")
-        assert_trees_equal(list(found.values()), jax.tree.leaves(two))
+        with np.load(tmp_path / f"2-{index}.npz") as found:
+            assert_trees_equal(list(found.values()), jax.tree.leaves(two))
     assert not np.array_equal(one["state"].params["fc"]["bias"], np.zeros(3))
     assert_trees_close(two, one)
 
