@@ -195,7 +195,8 @@ def test_a_network_that_saw_what_is_held_out_is_refused(tmp_path, crops):
     chosen_by = images(before, "val") & images(now, "test")
     assert trained_on
     assert chosen_by
-    message = rf"by {len(trained_on | chosen_by)} images that are held out here, such as [AB] images/field"
+    number = len(trained_on | chosen_by)
+    message = rf"by {number} images that are held out here, such as [AB] images/field"
     for init in trained(tmp_path / "run", before):
         check_no_leak(init, before)
         with pytest.raises(Error, match=message):
