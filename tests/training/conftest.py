@@ -1,16 +1,21 @@
-"""A small training in this process: two classes, 40 crops of 32 pixels, five blocks."""
+"""A small training in this process: two classes, 40 crops of 32 pixels, two blocks."""
 
 import dataclasses
 
 import jax
+import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import default
 from jaxcells.files import Workdir
 from jaxcells.models import create_model
 from jaxcells.training import loop
+from jaxcells.training.checkpoints import list_steps
 from jaxcells.training.initialization import Initialization
+from jaxcells.training.progress import read_metrics
 from jaxcells.training.state import create_train_state
 from jaxcells.workflows.prepare import prepare_data
 from jaxcells.workflows.train import make_recipe
@@ -45,8 +50,8 @@ def compiled():
 
 
 def create_small_model(**arguments):
-    """A network of one block a stage."""
-    return create_model(**arguments).clone(stage_sizes=(1, 1, 1, 1))
+    """A network of two blocks."""
+    return create_model(**arguments).clone(stage_sizes=(1, 1))
 
 
 def create_small_state(*, seed=0, **arguments):
@@ -54,6 +59,30 @@ def create_small_state(*, seed=0, **arguments):
     model = create_small_model(name="resnet18", num_classes=2, width=4, **arguments)
     key = jax.random.split(jax.random.key(seed))[0]
     return create_train_state(model, optax.sgd(0.1), sample_shape=(1, 32, 32, 3), key=key)
+
+
+def last_state(workdir):
+    """Returns the last checkpoint's parameters, statistics, optimiser state and step by name."""
+    checkpoints = Workdir(workdir).checkpoints.absolute()
+    folder = checkpoints / str(list_steps(checkpoints)[-1])
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = {item: checkpointer.restore(folder / item) for item in ("variables", "optimizer")}
+    return flatten_dict(tree, sep="/")
+
+
+def metrics(workdir):
+    """Returns the records of metrics.jsonl but for what the clock measured."""
+    records = read_metrics(Workdir(workdir).metrics)
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+def assert_same_run(workdir, expected):
+    """Two runs ended bit for bit alike."""
+    found, state = last_state(workdir), last_state(expected)
+    assert found.keys() == state.keys()
+    for name in state:
+        np.testing.assert_array_equal(found[name], state[name], err_msg=name)
+    assert metrics(workdir) == metrics(expected) != []
 
 
 @pytest.fixture(scope="session")

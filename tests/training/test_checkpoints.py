@@ -1,8 +1,6 @@
-import json
-import logging
-import re
+import hashlib
 import shutil
-from dataclasses import asdict
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +33,10 @@ def make_meta(step=0, **changed):
     return CheckpointMeta(**(values | changed))
 
 
-def at_step(step, state=None):
-    return (state or tiny_state()).replace(step=jnp.int32(step))
-
-
-def save(directory, step, accuracy=None, loss=1.0):
+def save(directory, step, accuracy=None, loss=1.0, **changed):
     metrics = None if accuracy is None else {"balanced_accuracy": accuracy, "loss": loss}
-    checkpoints.save(directory, at_step(step), make_meta(step), metrics)
+    state = tiny_state().replace(step=jnp.int32(step))
+    checkpoints.save(directory, state, make_meta(step, **changed), metrics)
 
 
 def trained(num_steps, state=None):
@@ -66,11 +61,8 @@ def flip_a_bit(path):
 
 def test_a_state_comes_back_bit_for_bit_and_goes_on_so(tmp_path):
     state = trained(3)
-    assert np.any(state.opt_state[1].trace["fc"]["kernel"])
     checkpoints.save(tmp_path, state, make_meta(3))
-
-    target = jax.eval_shape(tiny_state)
-    restored, meta = checkpoints.restore(tmp_path, target)
+    restored, meta = checkpoints.restore(tmp_path, jax.eval_shape(tiny_state))
     assert meta == make_meta(3)
     assert_trees_equal(restored, state)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
@@ -121,17 +113,9 @@ def test_of_equal_accuracies_the_lower_loss_is_best_and_then_the_later(tmp_path)
     assert bests == [1, 2, 2, 4, 4]
 
 
-def test_without_any_validation_none_is_best(tmp_path):
-    save(tmp_path, 3)
-    assert checkpoints.best_step(tmp_path) is None
-    with pytest.raises(Error, match=r"none is the best.*choose a step of 3"):
-        checkpoints.restore_variables(tmp_path)
-
-
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 3)
-    scores = {"balanced_accuracy": np.float32(0.5), "loss": 1}
-    checkpoints.save(tmp_path, at_step(3), make_meta(3, seed=2), scores)
+    save(tmp_path, 3, accuracy=np.float32(0.5), seed=2)
     assert checkpoints.best_step(tmp_path) == 3
     assert checkpoints.restore(tmp_path, tiny_state())[1] == make_meta(3, seed=2)
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
@@ -140,18 +124,27 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
 # What is refused
 
 
-def test_none_there(tmp_path):
-    assert checkpoints.list_steps(tmp_path / "none") == []
+def test_what_is_not_there_is_named_with_what_is(tmp_path):
     assert checkpoints.best_step(tmp_path / "none") is None
     with pytest.raises(Error, match=f"no checkpoint in {tmp_path}/none: train first"):
         checkpoints.restore(tmp_path / "none", tiny_state())
     save(tmp_path, 2)
+    assert checkpoints.best_step(tmp_path) is None
+    with pytest.raises(Error, match=r"none is the best.*choose a step of 2"):
+        checkpoints.restore_variables(tmp_path)
     with pytest.raises(Error, match=f"no checkpoint of step 7 in {tmp_path}: choose a step of 2"):
         checkpoints.restore(tmp_path, tiny_state(), 7)
 
 
-@pytest.mark.parametrize("item", ["variables", "optimizer", "record"])
-@pytest.mark.parametrize("damage", [flip_a_bit, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    ("item", "damage"),
+    [
+        ("variables", flip_a_bit),
+        ("optimizer", flip_a_bit),
+        ("record", flip_a_bit),
+        ("variables", lambda path: path.write_bytes(b"")),
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, item, damage):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -184,12 +177,12 @@ def test_what_is_not_whole_does_not_count_and_is_named_once(tmp_path, caplog):
 
 
 def test_an_interrupted_save_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    def interrupt(folder):
+    def interrupt(path):
         raise KeyboardInterrupt
 
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_write_sha256sums", interrupt)
+        patch.setattr(checkpoints, "file_sha256", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
     assert len(list(tmp_path.iterdir())) == 2
@@ -200,7 +193,7 @@ def test_an_interrupted_save_leaves_nothing_that_counts(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(8, 8, 100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(
         Error, match=rf"write checkpoint {tmp_path}/2 \(it takes 0 MB, and 0 MB are free\): mend"
     ):
@@ -237,38 +230,11 @@ def test_what_is_not_finite_is_never_saved(tmp_path, value):
     assert checkpoints.list_steps(tmp_path) == []
 
 
-def test_another_network_or_optimiser_is_refused(tmp_path):
+def test_the_checksums_are_those_of_sha256sum_for_every_file(tmp_path):
     save(tmp_path, 1)
-    state = tiny_state()
-    half = state.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params))
-    message = f"checkpoint {tmp_path}/1 is of another network or optimiser: "
-    with pytest.raises(
-        Error, match=re.escape(message + "params/bn/bias is float32[4] there and bfloat16[4] here")
-    ):
-        checkpoints.restore(tmp_path, half)
-
-    more = state.replace(params={**state.params, "extra": jnp.zeros(2)})
-    with pytest.raises(
-        Error,
-        match=re.escape("params/extra is absent there and float32[2] here (1 arrays differ)"),
-    ):
-        checkpoints.restore(tmp_path, more)
-
-
-def test_the_checksums_are_those_of_sha256sum(tmp_path):
-    save(tmp_path, 1)
-    lines = (tmp_path / "1" / "SHA256SUMS").read_text().splitlines()
-    names = {line[66:] for line in lines}
-    assert {"variables/_METADATA", "optimizer/_METADATA", "record/metadata"} <= names
-    assert all(re.fullmatch(r"[0-9a-f]{64}  \S+", line) for line in lines)
-    content = json.loads((tmp_path / "1" / "record" / "metadata").read_text())
-    assert content == {"meta": json.loads(json.dumps(asdict(make_meta(1)))), "metrics": None}
-
-
-def test_orbax_keeps_quiet_and_others_are_heard(tmp_path, caplog):
-    absl = logging.getLogger("absl")
-    caplog.set_level(logging.INFO, logger="absl")
-    save(tmp_path, 1)
-    checkpoints.restore(tmp_path, tiny_state())
-    absl.info("something else")
-    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    sums = tmp_path / "1" / "SHA256SUMS"
+    files = sorted(path for path in (tmp_path / "1").rglob("*") if path.is_file() and path != sums)
+    assert sums.read_text().splitlines() == [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(tmp_path / '1')}"
+        for path in files
+    ]

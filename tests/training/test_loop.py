@@ -8,14 +8,13 @@ import logging
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from jaxcells import Error
-from jaxcells.data.normalization import Normalization
 from jaxcells.training import loop
-from jaxcells.training.checkpoints import _read_arrays, list_steps, restore_variables
-from jaxcells.training.progress import Progress, read_metrics
+from jaxcells.training.checkpoints import list_steps, restore_variables
+from jaxcells.training.progress import Progress
 from jaxcells.training.signals import Interrupted
+from tests.training.conftest import assert_same_run, last_state, metrics
 
 NUM_STEPS = 15  # three epochs of 40 crops in batches of 8
 
@@ -23,25 +22,8 @@ NUM_STEPS = 15  # three epochs of 40 crops in batches of 8
 @pytest.fixture(scope="module")
 def augmented(recipe):
     """A recipe that uses everything."""
-    return dataclasses.replace(
-        recipe,
-        dihedral=True,
-        intensity=0.1,
-        class_weights="balanced",
-        weight_decay=1e-4,
-        every_steps=3,
-    )
-
-
-def last_state(workdir) -> dict[str, np.ndarray]:
-    folder = workdir / "checkpoints" / str(NUM_STEPS)
-    tree = {name: _read_arrays(folder, name) for name in ("variables", "optimizer")}
-    return flatten_dict(tree, sep="/")
-
-
-def metrics(workdir):
-    records = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+    changes = {"class_weights": "balanced", "weight_decay": 1e-4, "every_steps": 3}
+    return dataclasses.replace(recipe, dihedral=True, intensity=0.1, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +34,17 @@ def whole(train, augmented, tmp_path_factory):
 
 
 # Inside an epoch, beside a checkpoint within it, between two epochs, and before the last step.
-@pytest.mark.parametrize("stops", [(1, 8), (3, 4), (5, 14)])
 def test_stopped_at_any_step_and_resumed_is_bit_identical(
-    train, augmented, whole, tmp_path, stop_at, stops
+    train, augmented, whole, tmp_path, stop_at
 ):
-    for stop in stops:
+    for stop in (1, 3, 5, 14):
         stop_at(stop)
         with pytest.raises(Interrupted, match=f"stopped at step {stop} of {NUM_STEPS}"):
             train(augmented, tmp_path)
         assert list_steps(tmp_path / "checkpoints")[-1] == stop
     stop_at(None)
     train(augmented, tmp_path)
-
-    expected, found = last_state(whole), last_state(tmp_path)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        np.testing.assert_array_equal(expected[name], found[name], err_msg=name)
-    assert metrics(whole) == metrics(tmp_path)
+    assert_same_run(tmp_path, whole)
     assert len(metrics(whole)) == 6
 
 
@@ -76,13 +52,12 @@ def test_what_is_trained_is_what_is_stored(data, whole):
     variables, meta = restore_variables(whole / "checkpoints", "latest")
     assert meta.class_names == ("A", "B")
     assert meta.model["num_classes"] == 2
-    assert isinstance(meta.normalization, Normalization)
     assert meta.normalization.kind == "imagenet"
     assert meta.step == meta.num_steps == NUM_STEPS
     assert meta.progress.images == 3 * 40
-    assert meta.progress.step_bytes > 100_000
+    assert meta.progress.step_bytes > 50_000
     assert meta.manifest_sha256 == data.crop_set.manifest_sha256
-    assert variables["params"]["fc"]["kernel"].shape == (32, 2)
+    assert variables["params"]["fc"]["kernel"].shape == (8, 2)
 
 
 def test_records_after_the_last_checkpoint_are_removed(train, augmented, whole):

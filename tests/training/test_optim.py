@@ -1,9 +1,10 @@
-import jax
 import numpy as np
 import pytest
 
-from jaxcells import Error
 from jaxcells.training.optim import make_optimizer, make_schedule
+
+# Of a norm stacked by a scan over layers, the scale has two axes as well.
+SHAPES = {"kernel": (3, 4), "bias": (4,), "scale": (3, 4)}
 
 
 def torch_sgd(params, grads, rates, *, momentum, weight_decay):
@@ -20,66 +21,36 @@ def torch_sgd(params, grads, rates, *, momentum, weight_decay):
     return params
 
 
-@pytest.mark.parametrize("schedule_name", ["constant", "cosine"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_updates_are_those_of_torch(schedule_name, weight_decay):
+@pytest.mark.parametrize(
+    ("schedule", "momentum", "decay"),
+    [("constant", 0.9, 0.0), ("constant", 0.0, 0.1), ("cosine", 0.9, 0.1)],
+)
+def test_updates_are_those_of_torch_with_decay_of_kernels_alone(schedule, momentum, decay):
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (3, 4), "bias": (4,)}
-    params = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    grads = [
-        {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} for _ in range(6)
-    ]
-    rates = [0.05] * 6
-    if schedule_name == "cosine":
-        rates = [0.05 * 0.5 * (1 + np.cos(np.pi * t / 8)) for t in range(6)]
-    expected = torch_sgd(
-        params, grads, rates, momentum=0.9, weight_decay={"kernel": weight_decay, "bias": 0.0}
+    params, *grads = (
+        {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(9)
     )
+    rates = [0.05] * 8
+    if schedule == "cosine":
+        rates = [0.05 * 0.5 * (1 + np.cos(np.pi * t / 8)) for t in range(8)]
+    weight_decay = {"kernel": decay, "bias": 0.0, "scale": 0.0}
+    expected = torch_sgd(params, grads, rates, momentum=momentum, weight_decay=weight_decay)
 
-    tx = make_optimizer(
-        make_schedule(schedule_name, learning_rate=0.05, num_steps=8),
-        momentum=0.9,
-        weight_decay=weight_decay,
-    )
-    opt_state = tx.init(params)
+    rate = make_schedule(schedule, learning_rate=0.05, num_steps=8)
+    tx = make_optimizer(rate, momentum=momentum, weight_decay=decay)
+    opt_state = tx.init({"bn1": params})
     for step_grads in grads:
-        updates, opt_state = tx.update(step_grads, opt_state, params)
-        params = {n: params[n] + updates[n] for n in params}
+        updates, opt_state = tx.update({"bn1": step_grads}, opt_state, {"bn1": params})
+        params = {n: params[n] + updates["bn1"][n] for n in params}
     for name in params:
-        np.testing.assert_allclose(params[name], expected[name], rtol=2e-6, atol=1e-7)
+        np.testing.assert_allclose(params[name], expected[name], rtol=2e-6, atol=2e-7)
 
 
-def test_the_rate_is_not_part_of_the_state():
-    params = {"kernel": np.ones((2, 2), np.float32)}
-    grads = {"kernel": np.ones((2, 2), np.float32)}
-    fast, slow = (
-        make_optimizer(make_schedule("constant", learning_rate=rate, num_steps=1), momentum=0.9)
-        for rate in (1.0, 0.25)
-    )
-    updates, _ = slow.update(grads, fast.init(params), params)
-    np.testing.assert_array_equal(updates["kernel"], -0.25)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(fast.init(params))]
-    assert names == ["[1].trace['kernel']", "[2].count"]
-
-
-def test_decay_reaches_kernels_and_no_stacked_norms():
-    params = {
-        "layer1_rest": {"bn1": {"scale": np.ones((3, 4), np.float32)}},
-        "fc": {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(4, np.float32)},
-    }
-    schedule = make_schedule("constant", learning_rate=1.0, num_steps=1)
-    tx = make_optimizer(schedule, momentum=0.0, weight_decay=0.5)
-    updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
-    np.testing.assert_array_equal(updates["fc"]["kernel"], -0.5)
-    np.testing.assert_array_equal(updates["fc"]["bias"], 0)
-    np.testing.assert_array_equal(updates["layer1_rest"]["bn1"]["scale"], 0)
-
-
-def test_cosine_ends_at_zero():
-    schedule = make_schedule("cosine", learning_rate=0.2, num_steps=10)
-    np.testing.assert_allclose([schedule(0), schedule(5), schedule(10)], [0.2, 0.1, 0], atol=1e-7)
-
-
-def test_an_unknown_schedule_is_refused_with_those_that_work():
-    with pytest.raises(Error, match=r"'linear'.*optim.schedule=constant.*=cosine"):
-        make_schedule("linear", learning_rate=0.1, num_steps=1)
+def test_multipliers_scale_the_update_and_the_first_match_counts():
+    factors = {"conv1": 1.0, "layer3_0": 0.0, "layer4_0": 0.5, "fc": 10.0}
+    ones = {layer: {"kernel": np.ones(1, np.float32)} for layer in factors}
+    multipliers = (("fc", 10.0), ("layer4_0", 0.5), ("layer", 0.0), ("f", 99.0))
+    schedule = make_schedule("constant", learning_rate=0.125, num_steps=1)
+    tx = make_optimizer(schedule, multipliers=multipliers)
+    updates, _ = tx.update(ones, tx.init(ones), ones)
+    assert {layer: float(u["kernel"][0]) / -0.125 for layer, u in updates.items()} == factors

@@ -19,13 +19,11 @@ from jaxcells.training.steps import (
 class Tiny(nn.Module):
     """Convolution, batch norm, relu, mean over pixels, linear classifier."""
 
-    num_classes: int = 3
-
     @nn.compact
     def __call__(self, x, *, train):
         x = nn.Conv(4, (3, 3), name="conv")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x))
-        return nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
+        x = nn.BatchNorm(momentum=0.9, name="bn")(x, use_running_average=not train)
+        return nn.Dense(3, name="fc")(nn.relu(x).mean((1, 2)))
 
 
 class Linear(nn.Module):
@@ -46,17 +44,16 @@ predict_step = jax.jit(make_predict_step(normalize))
 
 
 @functools.cache
-def tiny_state(model=None, *, momentum=0.9, sample_shape=(1, 8, 8, 1)):
-    tx = optim.make_optimizer(
-        optim.make_schedule("constant", learning_rate=0.1, num_steps=1), momentum=momentum
-    )
-    return create_train_state(model or Tiny(), tx, sample_shape=sample_shape, key=jax.random.key(0))
+def tiny_state(model=None, *, momentum=0.9):
+    schedule = optim.make_schedule("constant", learning_rate=0.1, num_steps=1)
+    tx = optim.make_optimizer(schedule, momentum=momentum)
+    return create_train_state(model or Tiny(), tx, sample_shape=(1, 8, 8, 1), key=jax.random.key(0))
 
 
-def make_batch(num=8, *, seed=0, size=8, dtype=np.uint8):
+def make_batch(num=8, *, seed=0, dtype=np.uint8):
     rng = np.random.default_rng(seed)
     return {
-        "image": rng.integers(0, np.iinfo(dtype).max, (num, size, size, 1), dtype, endpoint=True),
+        "image": rng.integers(0, np.iinfo(dtype).max, (num, 8, 8, 1), dtype, endpoint=True),
         "label": rng.integers(0, 3, num).astype(np.int32),
         "mask": np.ones(num, np.float32),
     }
@@ -71,59 +68,29 @@ def padded(batch, num):
 
 def assert_trees_equal(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), e in zip(
-        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    ):
-        assert a.dtype == e.dtype, path
-        np.testing.assert_array_equal(a, e, err_msg=jax.tree_util.keystr(path))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        np.testing.assert_array_equal(a, e)
 
 
 def assert_trees_close(actual, expected):
     """For what two programs computed, which round differently."""
-    for (path, a), e in zip(
-        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(a, e, 1e-5, 1e-6, err_msg=jax.tree_util.keystr(path))
-
-
-def assert_is_step_zero(step):
-    assert isinstance(step, jax.Array)
-    assert (step.dtype, step.weak_type, int(step)) == (jnp.int32, False, 0)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, 1e-5, 1e-6)
 
 
 # State
 
 
-def test_a_new_state_is_at_step_zero_with_an_array_for_a_step():
-    state = tiny_state()
-    assert_is_step_zero(state.step)
-    assert jax.tree.map(jnp.shape, state.variables) == {
-        "params": {
-            "conv": {"kernel": (3, 3, 1, 4), "bias": (4,)},
-            "bn": {"scale": (4,), "bias": (4,)},
-            "fc": {"kernel": (4, 3), "bias": (3,)},
-        },
-        "batch_stats": {"bn": {"mean": (4,), "var": (4,)}},
-    }
-
-
-def test_shapes_are_had_without_making_a_state():
-    state = tiny_state()
-    create = functools.partial(create_train_state, Tiny(), state.tx, sample_shape=(1, 8, 8, 1))
-    shapes = jax.eval_shape(lambda key: create(key=key), jax.random.key(0))
-    assert [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)] == [
-        (x.shape, x.dtype) for x in jax.tree.leaves(state)
-    ]
-
-
 def test_other_variables_come_with_a_new_optimiser_state():
-    state = tiny_state()
-    state, _ = train_step(state, make_batch(), jax.random.key(0))
-    ported = jax.tree.map(lambda x: x + 1, state.variables)
-    fresh = with_variables(state, ported)
+    new = tiny_state()
+    trained, _ = train_step(new, make_batch(), jax.random.key(0))
+    ported = jax.tree.map(lambda x: x + 1, trained.variables)
+    fresh = with_variables(new.replace(opt_state=trained.opt_state), ported)
     assert_trees_equal(fresh.variables, ported)
-    assert_trees_equal(fresh.opt_state, state.tx.init(ported["params"]))
-    assert_is_step_zero(fresh.step)
+    assert_trees_equal(fresh.opt_state, new.tx.init(ported["params"]))
+    for step in (new.step, fresh.step):  # an array, or the step is compiled twice
+        assert (step.dtype, step.weak_type, int(step)) == (jnp.int32, False, 0)
 
 
 # Objective
@@ -146,13 +113,8 @@ def test_cross_entropy_is_that_of_torch(label_smoothing, class_weights):
         numerator += label_smoothing / 3 * -(w * log_p).sum()
         denominator += w[y]
 
-    actual = cross_entropy(
-        jnp.asarray(logits, jnp.float32),
-        jnp.asarray(labels),
-        jnp.asarray(mask),
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-    )
+    settings = {"label_smoothing": label_smoothing, "class_weights": class_weights}
+    actual = cross_entropy(jnp.asarray(logits, jnp.float32), labels, mask, **settings)
     np.testing.assert_allclose(actual, numerator / denominator, rtol=1e-6)
 
 
@@ -205,14 +167,14 @@ def test_augmentation_is_drawn_from_the_key_and_the_step():
 # Evaluation
 
 
-def test_eval_sums_do_not_depend_on_how_the_split_is_cut():
+def test_eval_totals_do_not_depend_on_how_the_split_is_cut_nor_on_what_fills_it_up():
     state, split = tiny_state(), make_batch(10)
     whole = eval_step(state, split)
-    parts = [
-        padded({name: rows[:6] for name, rows in split.items()}, 0),
-        padded({name: rows[6:] for name, rows in split.items()}, 2),
-    ]
-    total = jax.tree.map(jnp.add, *(eval_step(state, part) for part in parts))
+    rest = padded({name: rows[6:] for name, rows in split.items()}, 2)
+    rest["image"] = rest["image"].astype(np.float32)
+    rest["image"][4:] = np.nan
+    first = {name: rows[:6] for name, rows in split.items()}
+    total = jax.tree.map(jnp.add, eval_step(state, first), eval_step(state, rest))
     np.testing.assert_allclose(total.pop("loss"), whole.pop("loss"), rtol=1e-6)
     assert_trees_equal(total, whole)
     assert int(whole["count"]) == 10
@@ -228,16 +190,6 @@ def test_confusion_has_a_row_for_each_true_class():
     np.testing.assert_array_equal(sums["confusion"], [[0, 3, 0], [0, 1, 0], [0, 2, 0]])
     assert (int(sums["correct"]), int(sums["count"])) == (1, 6)
     assert sums["confusion"].dtype == jnp.int32
-
-
-def test_a_padded_row_may_hold_anything():
-    state, batch = tiny_state(), make_batch(4)
-    expected = eval_step(state, batch)
-    worst = {name: np.concatenate([rows, rows]) for name, rows in batch.items()}
-    worst["image"] = worst["image"].astype(np.float32)
-    worst["image"][4:] = np.nan
-    worst["mask"][4:] = 0
-    assert_trees_close(eval_step(state, worst), expected)
 
 
 def test_prediction_and_evaluation_need_no_optimiser():
