@@ -108,7 +108,7 @@ def _dispatch() -> None:
     config = _config(args)
     arguments: list[Any] = [_workdir(args)]
     if verb == "compare" or ("experiments" in config and verb in ("crop", "check")):
-        config, experiments = expand_comparison(config, _config_file(args).parent)
+        config, experiments = expand_comparison(config, Path(args["config"].config_filename).parent)
         arguments = [experiments, *arguments] if verb == "compare" else arguments
     elif "experiments" in config:
         raise Error(f"this config is of a comparison; run `compare` with it, not `{verb}`")
@@ -162,12 +162,10 @@ def _parse() -> tuple[str, flags.FlagValues]:
             path = find_config(argument.partition("=")[2])
             let_configs_import(path.parent)
             sys.argv[number] = f"--config={path}"
-    # The flag library has no notation for "none" in a whole number.
-    argv = [re.sub(r"^(--?config\.data\.crop_size)=None$", r"\1=0", text) for text in sys.argv]
     try:
-        words = args(argv)[1:] or ["train"]
+        words = args(sys.argv)[1:] or ["train"]
     except flags.Error as error:
-        if not any(re.match(r"--?config=", text) for text in argv):
+        if not any(re.match(r"--?config=", text) for text in sys.argv):
             raise Error(_NO_CONFIG) from error
         raise Error(f"{error}; see --help") from error
     except (AttributeError, KeyError) as error:  # how the config library reports an unknown key
@@ -195,16 +193,12 @@ def _config(args: flags.FlagValues) -> ConfigDict:
     return config
 
 
-def _config_file(args: flags.FlagValues) -> Path:
-    return Path(args["config"].config_filename)
-
-
 def _workdir(args: flags.FlagValues) -> Workdir:
     if args.workdir is not None:
         return Workdir(Path(args.workdir).expanduser())
     if args.config is None:
         raise Error("--workdir is missing; give the folder of a run, see --help")
-    return Workdir(Path("runs", _config_file(args).stem))
+    return Workdir(Path("runs", Path(args["config"].config_filename).stem))
 
 
 def _checkpoint(args: flags.FlagValues) -> int | Literal["best", "latest"]:

@@ -162,8 +162,6 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
         yield f"model.width={model.width} does not fit init=imagenet, whose width is 64"
     if data.source == "folder" and not data.root:
         yield "data.source='folder' needs a folder; set data.root=FOLDER"
-    if data.source == "sample" and data.root:
-        yield f"data.source='sample' does not read data.root={data.root!r}; leave one of them out"
     if data.crop_size and "data.split" not in wrong and sum(data.split) != data.crops_per_class:
         held_out = max(1, round(data.crops_per_class * 100 / 954))
         suggestion = f"{data.crops_per_class - 2 * held_out},{held_out},{held_out}"

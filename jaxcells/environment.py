@@ -1,10 +1,10 @@
 """What a result depends on besides the config: versions, and the state of the code."""
 
-import importlib.metadata
 import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,17 @@ import jaxcells
 
 def describe_environment() -> dict[str, Any]:
     """Returns versions of Python and of every dependency, the platform and the git commit."""
-    required = importlib.metadata.requires("jaxcells") or []
+    required = requires("jaxcells") or []
     names = {re.split(r"[^\w.-]", line)[0] for line in required if "extra ==" not in line}
     return {
         "jaxcells": jaxcells.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "dependencies": {name: _version(name) for name in sorted({*names, "jaxlib"})},
+        "dependencies": {name: version(name) for name in sorted({*names, "jaxlib"})},
         "git_commit": _git_commit(Path(__file__).resolve().parents[1]),
         "command": sys.argv,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit(folder: Path) -> str | None:

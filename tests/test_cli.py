@@ -109,16 +109,6 @@ def test_crop_and_check_run_without_jax_and_by_name_from_any_folder(tmp_path):
     assert (tmp_path / "runs" / "resnet18" / "crops.png").stat().st_size > 1000
 
 
-def test_crop_size_none_means_whole_images(launch, tmp_path):
-    root = write_folder(tmp_path / "images", {"A": 10, "B": 10})
-    code, _, error = launch(
-        *("crop", "--config", "default", f"--config.data.root={root}"),
-        *("--config.data.crop_size=None", "--workdir", tmp_path / "run"),
-    )
-    assert code == 0, error
-    assert "images are used whole" in error
-
-
 def test_errors_in_the_images_are_one_line_and_exit_2(launch, tmp_path):
     root = write_folder(tmp_path / "images", {"A": 4, "B": 4})
     (root / "A" / "field0.png").write_bytes(b"not an image")

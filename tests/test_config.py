@@ -106,7 +106,6 @@ def test_all_mistakes_are_reported_at_once():
     [
         ({"model__width": 16}, "does not fit init=imagenet"),
         ({"data__source": "folder"}, r"set data\.root=FOLDER"),
-        ({"data__source": "sample", "data__root": "x"}, "leave one of them out"),
         ({"data__source": "web"}, "must be folder, sample, tfds:NAME or empty"),
         ({"data__crop_size": 16}, "must be 32 or more, or 0"),
         ({"data__split": (754, 200, 0)}, "three whole numbers of 1 or more"),

@@ -68,8 +68,8 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
         images that cannot be read: one message that names folders and counts.
     """
     root = Path(root).expanduser()
-    class_folders = _class_folders(root)
-    files = [(c, path) for c in class_folders for path in _files_below(c.path, set())]
+    folders = class_folders(root)
+    files = [(c, path) for c in folders for path in _files_below(c.path, set())]
     try:
         wanted = [f for f in files if not (exclude and re.search(exclude, _below(root, f[1])))]
     except re.error as error:
@@ -85,7 +85,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
             f"{EXPORT}, or leave them out with data.exclude='\\{suffix}$'"
         )
     left_out = {c for c, _ in files} - {c for c, _ in wanted}
-    empty = [c.path for c in class_folders if c not in left_out | {c for c, _ in found}]
+    empty = [c.path for c in folders if c not in left_out | {c for c, _ in found}]
     counts = collections.Counter(c.label for c, _ in found)
     if empty or not found:
         listed = some([f"{label}: {n}" for label, n in sorted(counts.items())]) or "none"
@@ -106,13 +106,20 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
     return sorted(fields, key=lambda field: field.name)
 
 
-class _ClassFolder(NamedTuple):
+class ClassFolder(NamedTuple):
+    """A folder of one class, and the split it came in, if any."""
+
     split: str | None
     label: str
     path: Path
 
 
-def _class_folders(root: Path) -> list[_ClassFolder]:
+def class_folders(root: Path) -> list[ClassFolder]:
+    """Returns the folder of every class under `root`, and of every split where it came split.
+
+    Raises:
+      Error: no such folder, no folders in it, or some of a split without the others.
+    """
     if not root.is_dir():
         raise Error(f"{root}: the image folder does not exist, or is a file; set data.root=FOLDER")
     folders = _visible_folders(root)
@@ -123,7 +130,7 @@ def _class_folders(root: Path) -> list[_ClassFolder]:
         )
     splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
     if len(set(splits.values())) < 2:
-        return [_ClassFolder(None, label, root / label) for label in folders]
+        return [ClassFolder(None, label, root / label) for label in folders]
     if len(folders) != len(SPLITS) or sorted(splits.values()) != sorted(SPLITS):
         raise Error(
             f"{root}: {some(sorted(splits))} look like a split, which needs the folders train, val "
@@ -140,7 +147,7 @@ def _class_folders(root: Path) -> list[_ClassFolder]:
             f"{some(uneven)}"
         )
     return [
-        _ClassFolder(splits[name], label, root / name / label)
+        ClassFolder(splits[name], label, root / name / label)
         for name in folders
         for label in labels
     ]
@@ -259,8 +266,8 @@ def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], wh
         )
 
 
-def _read_headers(found: list[tuple[_ClassFolder, Path]], root: Path, plane: str) -> list[Field]:
-    def read_header(place: tuple[_ClassFolder, Path]) -> Field | ImageError:
+def _read_headers(found: list[tuple[ClassFolder, Path]], root: Path, plane: str) -> list[Field]:
+    def read_header(place: tuple[ClassFolder, Path]) -> Field | ImageError:
         c, path = place
         if str(path).encode(errors="ignore").decode() != str(path):
             raise Error(f"{str(path)!a}: the name is not valid UTF-8; rename the file or folder")

@@ -133,11 +133,8 @@ def prepare_tfds(crop_dir: Path, data_dir: Path) -> Any:
 
 def _import_tfds() -> Any:
     """Imports TensorFlow Datasets, when it is wanted and not before, and quietens it."""
-    try:
-        import array_record  # noqa: F401
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise Error(f"{error}: pip install tensorflow-datasets array-record") from error
+    import tensorflow_datasets as tfds
+
     tfds.disable_progress_bar()
     # It advises to install OpenCV, and more; its errors arrive as exceptions.
     logging.getLogger("absl").setLevel(logging.ERROR)

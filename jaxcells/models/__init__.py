@@ -30,8 +30,6 @@ _KINDS = {
 
 MODEL_NAMES = tuple(f"{kind}{depth}" for kind, (*_, depths) in _KINDS.items() for depth in depths)
 
-__all__ = ["MODEL_NAMES", "create_model"]
-
 
 def create_model(
     name: str,

@@ -180,24 +180,6 @@ def load_pretrained(
     return unflatten_dict(_stack(merged, flatten_dict(variables))), report
 
 
-def transfer(
-    source_variables: Variables, variables: Variables, *, source: str = "another run", **how: Any
-) -> tuple[dict[str, Any], PortReport]:
-    """Puts the variables of another run into `variables`, as `load_pretrained` does.
-
-    Args:
-      source_variables: what the other run ended with. Blocks may be stacked there and not here, or
-        here and not there. The report has torch's names for them.
-      variables: `{"params", "batch_stats"}` of the network, freshly initialised. Not changed.
-      source: what messages call the other run, such as its workdir.
-      **how: conv1 and other_classes, see `load_pretrained`.
-
-    Raises:
-      PortError: missing, unexpected or unfit variables; all of them in one message.
-    """
-    return load_pretrained(to_torch(source_variables), variables, called=source, **how)
-
-
 def to_torch(variables: Variables) -> dict[str, np.ndarray]:
     """Returns `variables` under torch's names and in torch's layouts, as contiguous NumPy arrays.
 

@@ -13,7 +13,7 @@ from jaxcells.files import Error, Workdir, file_sha256
 from jaxcells.models import weights
 from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet
 from jaxcells.training.checkpoints import best_step, read_meta, restore_variables
-from jaxcells.training.state import TrainState, with_variables
+from jaxcells.training.state import TrainState, state_of
 
 logger = logging.getLogger("jaxcells")
 
@@ -160,7 +160,9 @@ def initialize(
     if init.kind == "run":
         source, meta = restore_variables(Workdir(init.path).checkpoints, "best")
         record["step"] = meta.step
-        port = functools.partial(weights.transfer, source, source=str(init.path))
+        port = functools.partial(
+            weights.load_pretrained, weights.to_torch(source), called=str(init.path)
+        )
     else:
         record["sha256"] = file_sha256(init.path)
         port = functools.partial(weights.load_pretrained, init.path)
@@ -178,7 +180,7 @@ def initialize(
     if names_there is None and not report.skipped:
         record["tensors"] += "; the head too, which says nothing of its classes"
     logger.info("weights from %s: %s", init.path, record["tensors"])
-    return with_variables(state, variables), record
+    return state_of(state.apply_fn, state.tx, variables), record
 
 
 def _other_classes(there: Sequence[str] | None, here: Sequence[str]) -> str:

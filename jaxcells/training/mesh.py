@@ -7,6 +7,7 @@ batch norm too.
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import shutil
@@ -24,6 +25,8 @@ from jaxcells.files import Error
 from jaxcells.training.steps import EvalStep, PredictStep, TrainStep
 
 Tree = TypeVar("Tree")
+
+logger = logging.getLogger("jaxcells")
 
 _NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
 _DISTRIBUTED = ("JAXCELLS_COORDINATOR", "JAXCELLS_NUM_PROCESSES", "JAXCELLS_PROCESS_ID")
@@ -188,15 +191,16 @@ def describe_devices() -> dict[str, Any]:
     }
 
 
-def accelerator_note() -> str | None:
-    """Says in one line that a run is on the CPU, and why; None on an accelerator."""
+def warn_of_cpu() -> None:
+    """Says in one line that a run is on the CPU, and why; nothing on an accelerator."""
     if jax.default_backend() != "cpu":
-        return None
-    if not (_NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi")):
-        return "no accelerator found: running on the CPU, which works but is slow"
-    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
-        return "running on the CPU, as JAX_PLATFORMS=cpu asks, although there is an NVIDIA GPU"
-    return (
-        "running on the CPU although there is an NVIDIA GPU, because JAX cannot use it: "
+        return
+    why = (
+        "although there is an NVIDIA GPU, because JAX cannot use it: "
         "pip install 'jaxcells[gpu]' (driver 580 or newer)"
     )
+    if not (_NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi")):
+        why = "for there is no accelerator: this works but is slow"
+    elif os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        why = "as JAX_PLATFORMS=cpu asks, although there is an NVIDIA GPU"
+    logger.warning("running on the CPU, %s", why)

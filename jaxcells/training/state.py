@@ -63,26 +63,13 @@ def create_train_state(
 
     def init(key: jax.Array) -> TrainState:
         variables = model.init(key, jnp.zeros(tuple(sample_shape), jnp.float32), train=False)
-        return _from_variables(model.apply, tx, variables)
+        return state_of(model.apply, tx, variables)
 
     if isinstance(key, jax.core.Tracer):
         return init(key)
     # Under jit, the forward pass that `init` makes to learn the shapes is dead code. What is left
     # runs once, so compiling it is the cost: optimised, it takes twice as long in all.
     return jax.jit(init).lower(key).compile({"xla_backend_optimization_level": "0"})(key)
-
-
-def with_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainState:
-    """Puts other parameters and statistics, e.g. pre-trained ones, into a fresh state.
-
-    Args:
-      state: state whose network and optimiser are kept.
-      variables: `{"params", "batch_stats"}` of that network.
-
-    Returns:
-      A state at step 0 with an optimiser state made anew for these parameters.
-    """
-    return _from_variables(state.apply_fn, state.tx, variables)
 
 
 def inference_state(model: nn.Module, variables: Mapping[str, Any]) -> TrainState:
@@ -92,12 +79,19 @@ def inference_state(model: nn.Module, variables: Mapping[str, Any]) -> TrainStat
       model: network.
       variables: `{"params", "batch_stats"}`, e.g. from `checkpoints.restore_variables`.
     """
-    return _from_variables(model.apply, _NO_OPTIMIZER, variables)
+    return state_of(model.apply, _NO_OPTIMIZER, variables)
 
 
-def _from_variables(
+def state_of(
     apply_fn: Callable[..., Any], tx: optax.GradientTransformation, variables: Mapping[str, Any]
 ) -> TrainState:
+    """Makes a state at step 0 of given parameters and statistics, e.g. pre-trained ones.
+
+    Args:
+      apply_fn: `Module.apply` of the network.
+      tx: the optimiser, whose own state is made anew.
+      variables: `{"params", "batch_stats"}` of the network.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],

@@ -32,7 +32,7 @@ from jaxcells.text import one_line
 from jaxcells.training import mesh
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
-from jaxcells.workflows.prepare import PreparedData
+from jaxcells.workflows.prepare import PreparedData, check_place
 
 logger = logging.getLogger("jaxcells")
 
@@ -55,14 +55,14 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in experiments}
+    check_place(base, workdir)
     with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
         if workdir.is_trained:
             raise Error(f"{workdir} is the workdir of a single run; choose another workdir")
         for e in experiments:
             train.check_config(e.config, runs[e.label])
         starts = {e.label: train.find_start(e.config, runs[e.label]) for e in experiments}
-        if note := mesh.accelerator_note():
-            logger.warning("%s", note)
+        mesh.warn_of_cpu()
         data = train.prepare_together(base, workdir)
         data.audit.raise_errors()
 

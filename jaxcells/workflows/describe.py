@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxcells.config import data_source
-from jaxcells.data.fields import is_hidden
+from jaxcells.data.fields import class_folders
 from jaxcells.data.sample import CELL_LINES
 from jaxcells.evaluation.diagram import plot_network
 from jaxcells.files import Workdir
@@ -45,14 +45,8 @@ def describe(config: ConfigDict, workdir: Workdir) -> None:
 
 
 def _num_classes(config: ConfigDict) -> int:
-    """Number of classes as far as folders tell it; 0 if the images or their source must be read."""
+    """Number of classes as far as folders tell it; 0 if the source must be read."""
     source = data_source(config)
-    if source != "folder":
-        return len(CELL_LINES) if source == "sample" else 0
-    folders = _sub_folders(Path(config.data.root).expanduser())
-    training = [folder for folder in folders if folder.name.lower() in ("train", "training")]
-    return len(_sub_folders(training[0]) if training else folders)
-
-
-def _sub_folders(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*/") if not is_hidden(path)]
+    if source == "folder":
+        return len({folder.label for folder in class_folders(Path(config.data.root).expanduser())})
+    return len(CELL_LINES) if source == "sample" else 0

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -60,13 +59,11 @@ def export_weights(workdir: Workdir, output: Path | None = None, which: Which = 
     if output is not None and not path.parent.is_dir():
         raise Error(f"{path}: there is no folder {path.parent}; make it first")
     variables, meta = restore_variables(workdir.checkpoints, which)
-    tensors = to_torch(variables)
     with write_whole(path) as file:
-        file.buffer.write(_serialize(tensors, _metadata(meta)))
+        file.buffer.write(_serialize(to_torch(variables), _metadata(meta)))
     logger.info(
-        "%s of step %d (%.1f MB) is in %s; %s",
-        *(meta.model["name"], meta.step, path.stat().st_size / 1e6, path),
-        _how_to_load(path, meta.model, tensors),
+        "%s of step %d (%.1f MB) is in %s; init=%s starts a run from it",
+        *(meta.model["name"], meta.step, path.stat().st_size / 1e6, path, path),
     )
     return path
 
@@ -121,14 +118,3 @@ def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
     return b"".join((len(text).to_bytes(8, "little"), text, memoryview(whole)[start:]))
-
-
-def _how_to_load(path: Path, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
-    width, channels = tensors["conv1.weight"].shape[:2]
-    if not model["name"].startswith("resnet") or width != 64 or "bn1.weight" not in tensors:
-        return f"torchvision has no module for it; init={path} starts a run from it"
-    conv1 = "" if channels == 3 else f" with a conv1 of {channels} input channels"
-    return (
-        f"torchvision.models.{model['name']}(num_classes={model['num_classes']}){conv1} takes it "
-        f"by load_state_dict(safetensors.torch.load_file({str(path)!r}))"
-    )

@@ -54,8 +54,7 @@ def compare_gradients(config: ConfigDict, workdir: Workdir) -> None:
     """
     names = _networks(config.model.name)
     mesh.local_rows(config.train.batch_size, mesh.make_mesh())
-    if note := mesh.accelerator_note():
-        logger.warning("%s", note)
+    mesh.warn_of_cpu()
     with lock_workdir(workdir.path):
         data = prepare_data(config, workdir)
         data.audit.raise_errors()

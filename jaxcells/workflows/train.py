@@ -54,8 +54,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
             results = from_record(RunResults, read_json(workdir.results), workdir.results)
         else:
             init = find_start(config, workdir)
-            if note := mesh.accelerator_note():
-                logger.warning("%s", note)
+            mesh.warn_of_cpu()
             data = prepare_together(config, workdir)
             data.audit.raise_errors()
             progress = train_run(config, workdir, data, init)
@@ -105,7 +104,7 @@ def find_start(config: ConfigDict, workdir: Workdir) -> Initialization:
         random_if_missing=data_source(config) == "sample",
         conv1=config.init_conv1,
     )
-    if init.kind == "random" and recipe.freeze:
+    if recipe.freeze and (init.kind == "random" or init.conv1 == "fresh"):
         logger.warning(
             "optim.freeze keeps layers that start at random, and have learnt nothing; start from "
             "ImageNet weights (init=imagenet), a file or an earlier run"
@@ -223,13 +222,9 @@ def open_test_split(
     )
     if mesh.is_primary():
         plot_curves(read_metrics(workdir.metrics), workdir.figure("curves"), best_step=meta.step)
-        plot_confusion(
-            test_metrics.confusion_matrix,
-            meta.class_names,
-            workdir.figure("confusion"),
-            title="test split",
-        )
-        plot_examples(train.images, train.labels, meta.class_names, workdir.figure("crops"))
+        confusion, names = test_metrics.confusion_matrix, meta.class_names
+        plot_confusion(confusion, names, workdir.figure("confusion"), title="test split")
+        plot_examples(train.images, train.labels, names, workdir.figure("crops"))
         # Written last: its presence says that the run is finished.
         write_json(workdir.results, dataclasses.asdict(results))
     return results

@@ -259,9 +259,3 @@ def test_damaged_data_set_or_one_that_needs_tensorflow(tmp_path, damage):
     else:
         shard.write_bytes(content[:100] if damage == "cut" else content)
     refuse(tmp_path, message)
-
-
-@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
-def test_without_the_packages(tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    refuse(tmp_path, "pip install tensorflow-datasets")

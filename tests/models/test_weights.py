@@ -19,7 +19,6 @@ from jaxcells.models.weights import (
     load_pretrained,
     load_safetensors,
     to_torch,
-    transfer,
 )
 from tests.models.networks import random_variables
 
@@ -73,6 +72,11 @@ def assert_equal(tree, other):
         np.testing.assert_array_equal(tree, other)
 
 
+def transfer(source, variables, **how):
+    """Takes variables over as a run does that starts from another."""
+    return load_pretrained(to_torch(source), variables, **how)
+
+
 def test_names():
     for ours, theirs, ndim in NAMES:
         path = tuple(ours.split("/"))
@@ -116,11 +120,10 @@ def test_head_kept_when_classes_differ():
 
 def test_head_of_as_many_other_classes_is_kept():
     source, fresh = make_variables(seed=1), make_variables(seed=2)
-    for port, there in ((load_pretrained, to_torch(source)), (transfer, source)):
-        merged, report = port(there, fresh, other_classes="of other things")
-        assert report.skipped == ("fc.weight", "fc.bias")
-        assert report.summary().endswith("; fc.weight, fc.bias skipped: new head, of other things")
-        assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
+    merged, report = transfer(source, fresh, other_classes="of other things")
+    assert report.skipped == ("fc.weight", "fc.bias")
+    assert report.summary().endswith("; fc.weight, fc.bias skipped: new head, of other things")
+    assert_equal(merged["params"]["fc"], fresh["params"]["fc"])
 
 
 def test_head_of_another_width_is_an_error():
@@ -186,7 +189,7 @@ def test_plain_network_refuses_a_residual_file_and_the_other_way_round():
     with pytest.raises(PortError, match=r"5 unexpected \(.*one network is plain.*init=random"):
         load_pretrained(to_torch(residual), plain)
     with pytest.raises(PortError, match=r"runs/a: .*5 missing \(.*one network is plain"):
-        transfer(plain, residual, source="runs/a")
+        transfer(plain, residual, called="runs/a")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -204,7 +207,7 @@ def test_other_floats_become_the_network_s(tmp_path, dtype):
 
 def test_transfer_from_another_run():
     source, fresh = make_variables(seed=1, classes=4), make_variables(seed=2, classes=3)
-    merged, report = transfer(source, fresh, source="runs/a")
+    merged, report = transfer(source, fresh, called="runs/a")
     assert {"layer2.0.conv1.weight", "bn1.running_mean"} < set(report.loaded)
     assert report.summary().startswith("11 tensors loaded; fc.weight, fc.bias skipped")
     assert report.source == "runs/a"

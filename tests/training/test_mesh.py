@@ -155,16 +155,19 @@ def test_half_of_the_variables_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("gpu", "platforms", "says"),
     [
-        (False, "", "no accelerator found"),
+        (False, "", "there is no accelerator"),
         (True, "", r"NVIDIA GPU, because JAX cannot use it: pip install 'jaxcells\[gpu\]'"),
         (True, "cpu", "as JAX_PLATFORMS=cpu asks"),
     ],
 )
-def test_a_run_on_the_cpu_says_so_and_why(monkeypatch, gpu, platforms, says):
+def test_a_run_on_the_cpu_says_so_and_why(monkeypatch, caplog, gpu, platforms, says):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(pathlib.Path, "exists", lambda path: gpu)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert re.search(says, mesh.accelerator_note())
+    mesh.warn_of_cpu()
+    assert re.search(says, caplog.text)
+    caplog.clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert mesh.accelerator_note() is None
+    mesh.warn_of_cpu()
+    assert not caplog.text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcells.training import optim
-from jaxcells.training.state import create_train_state, inference_state, with_variables
+from jaxcells.training.state import create_train_state, inference_state, state_of
 from jaxcells.training.steps import (
     cross_entropy,
     make_eval_step,
@@ -86,7 +86,7 @@ def test_other_variables_come_with_a_new_optimiser_state():
     new = tiny_state()
     trained, _ = train_step(new, make_batch(), jax.random.key(0))
     ported = jax.tree.map(lambda x: x + 1, trained.variables)
-    fresh = with_variables(new.replace(opt_state=trained.opt_state), ported)
+    fresh = state_of(new.apply_fn, new.tx, ported)
     assert_trees_equal(fresh.variables, ported)
     assert_trees_equal(fresh.opt_state, new.tx.init(ported["params"]))
     for step in (new.step, fresh.step):  # an array, or the step is compiled twice
