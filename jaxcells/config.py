@@ -35,6 +35,7 @@ def _is_expression(text: object) -> bool:
     return True
 
 
+_SOURCE = re.compile(r"|folder|sample|tfds:.+")
 _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "init": (
         lambda x: x in ("imagenet", "random") or (x and Path(x).expanduser().exists()),
@@ -48,10 +49,7 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "seed": (lambda x: 0 <= x < 2**32, f"from 0 to {2**32 - 1}"),
     "data.seed": (lambda x: -1 <= x < 2**32, f"from 0 to {2**32 - 1}, or -1 for that of the run"),
     "model.width": (lambda x: 1 <= x <= 1024, "from 1 to 1024"),
-    "data.source": (
-        lambda x: re.fullmatch(r"|folder|sample|tfds:.+", x),
-        "folder, sample, tfds:NAME or empty",
-    ),
+    "data.source": (_SOURCE.fullmatch, "folder, sample, tfds:NAME or empty"),
     "data.crop_size": (lambda x: x == 0 or x >= 32, "32 or more, or 0 to use images whole"),
     "data.split": (
         lambda x: len(x) == 3 and all(isinstance(n, int) and n >= 1 for n in x),
@@ -258,8 +256,9 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     seeds = list(base.seeds) if isinstance(base.seeds, tuple | list) else [base.seeds]
     del base.experiments, base.seeds
     validate(base)
-    if not names or len(set(names)) < len(names):
-        raise Error(f"experiments={','.join(names)!r} must name one or more configs, each once")
+    plain = all(re.fullmatch(r"\w[\w.-]*", name) for name in names)  # a folder is named so
+    if not names or len(set(names)) < len(names) or not plain:
+        raise Error(f"experiments={','.join(names)!r} must be names of configs, each once")
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
 

@@ -62,7 +62,10 @@ def test_help_fits_a_screen_and_shows_three_examples(launch):
         ("export weights --workdir nowhere", "nowhere: no such workdir"),
         ("evaluate", "--workdir is missing"),
         ("evaluate --workdir configs --checkpoint=first", "must be best, latest or a step"),
-        ("--config demo --config.model.name=resnet35", "--config.model.name='resnet35'"),
+        (
+            "--config demo --config.model.name=resnet35",
+            "--config.model.name=resnet35 is no network",
+        ),
         ("--config demo --config.optim.freeze=layer9", "'layer9' matches no parameter"),
     ],
 )

@@ -368,10 +368,10 @@ def test_experiments_are_the_comparison_with_what_their_configs_change():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"experiments": ("resnet17",)}, "there is no file .*resnet17.py"),
-        ({"experiments": ()}, "must name one or more configs"),
+        ({"experiments": ("resnet17",)}, "there is no file resnet17, nor a config"),
+        ({"experiments": ()}, "must be names of configs"),
         ({"experiments": ("resnet18", "resnet18")}, "each once"),
-        ({"experiments": ("../configs/resnet18",)}, "must be the name of a config file"),
+        ({"experiments": ("../configs/resnet18",)}, "must be names of configs"),
         ({"seeds": (0, 0)}, "each once"),
         ({"seeds": (True,)}, "must be one or more whole numbers"),
         ({"seeds": (-1,)}, r"resnet18: the config has a mistake:\s+seed=-1"),
