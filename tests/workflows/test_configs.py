@@ -9,8 +9,8 @@ from jaxcells.workflows.gradients import compare_gradients
 from jaxcells.workflows.train import train_and_evaluate
 from tests.data.folders import write_folder
 
-# Depth costs time to compile, and these differ from shallower ones in nothing else.
-DEEP = ("resnet50", "resnet101", "resnet152", "compare", "gradients", "preact1001")
+# These take long to compile and differ from the others in depth alone, or are the same once more.
+LONG = ("resnet50", "resnet101", "resnet152", "compare", "degradation", "gradients", "preact1001")
 NAMES = sorted(path.stem for path in SHIPPED.glob("[!_]*.py"))
 
 
@@ -20,7 +20,7 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in NAMES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES]
 )
 def test_a_shipped_config_shrunk_is_run(name, images, tmp_path, capsys):
     config = load_config(SHIPPED / f"{name}.py")
