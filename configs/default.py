@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.data.crops_per_class = 954
     # Crops per class for train, val and test; the sum is crops_per_class.
     config.data.split = (754, 100, 100)
-    # What stays on one side of the split: "field", "channel", a regular expression whose group 1
+    # What stays in one split: "field", "channel", a regular expression whose group 1
     # names the group in an image's path (plate, patient, day), or "crop": nothing, as in the study.
     config.data.split_by = "field"
     # Pixels to leave out at the top, right, bottom and left of every image (burnt-in scale bars).
