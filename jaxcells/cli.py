@@ -114,6 +114,7 @@ def _dispatch() -> None:
         raise Error(f"this config is of a comparison; run `compare` with it, not `{verb}`")
     else:
         validate(config)
+    _workflow("prepare", "check_place")(config, arguments[-1])
     with _training() if verb in ("train", "compare") else contextlib.nullcontext():
         _workflow(*_CONFIG_VERBS[verb])(config, *arguments)
 

@@ -63,7 +63,7 @@ def check_dtype(dtype: np.dtype) -> None:
         to = "float32" if dtype.kind in "fc" else "8-bit or 16-bit unsigned, or float32"
         raise Refused(
             f"has {dtype.name} pixels (a mask, labels, or the output of a calculation?): if it is "
-            f"an image, convert it to {to}"
+            f"an image, convert it to {to}; if not, leave it out (data.exclude)"
         )
 
 

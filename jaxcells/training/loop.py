@@ -235,7 +235,7 @@ def train(
                 read()  # the step before: the device never waits for this process
                 pending, step = totals, step + 1
                 bar.update()
-                if step == first_step + _ESTIMATE_AFTER:
+                if step == first_step + _ESTIMATE_AFTER < last_step:
                     logger.info("%s, validation apart", remaining())
                 if step % steps_per_epoch == 0:
                     line = finish_epoch(eval_step, inputs.val)

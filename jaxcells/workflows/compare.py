@@ -32,7 +32,7 @@ from jaxcells.text import one_line
 from jaxcells.training import mesh
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
-from jaxcells.workflows.prepare import PreparedData, check_place
+from jaxcells.workflows.prepare import PreparedData
 
 logger = logging.getLogger("jaxcells")
 
@@ -55,7 +55,6 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in experiments}
-    check_place(base, workdir)
     with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
         if workdir.is_trained:
             raise Error(f"{workdir} is the workdir of a single run; choose another workdir")

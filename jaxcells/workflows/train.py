@@ -50,8 +50,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
         if workdir.results.exists():
             if config.data.root != read_json(workdir.config)["data"]["root"]:
                 prepare_crops(config, workdir)  # refuses other images than those of the run
-            logger.info("this run is finished; its results are in %s", workdir.results)
             results = from_record(RunResults, read_json(workdir.results), workdir.results)
+            logger.info("this run is finished; its results are in %s", workdir.results)
         else:
             init = find_start(config, workdir)
             mesh.warn_of_cpu()
