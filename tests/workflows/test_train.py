@@ -177,7 +177,7 @@ def test_a_finished_run_says_so_and_refuses_other_images_configs_and_company(
     finished, images, tmp_path, caplog, capsys
 ):
     def times():
-        files = (path for path in finished.path.rglob("*") if path.suffix != ".lock")
+        files = (path for path in finished.path.rglob("*") if path.name != ".lock")
         return {path: path.stat().st_mtime_ns for path in files}
 
     caplog.set_level("INFO", "jaxcells")
