@@ -53,7 +53,9 @@ class Workdir:
       metrics: figures by epoch, a line of JSON each.
       tensorboard: the same as TensorBoard's event files.
       history: a line of JSON for each time that a split was opened.
+      calibration: how to read the outputs of the best checkpoint, as JSON.
       results: the figures of a finished run, as JSON.
+      report: all of it for people, one page that needs no network.
       experiments: of a comparison, a workdir per run.
       comparison: of a comparison, tables, figures and the choice.
     """
@@ -71,7 +73,9 @@ class Workdir:
     metrics = _Below("metrics.jsonl")
     tensorboard = _Below("tensorboard")
     history = _Below("history.jsonl")
+    calibration = _Below("calibration.json")
     results = _Below("results.json")
+    report = _Below("report.html")
     experiments = _Below("experiments")
     comparison = _Below("compare")
 

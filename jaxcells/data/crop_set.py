@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxcells.data.crops import Crop, CropSettings, draw_crops
 from jaxcells.data.fields import SPLITS, Field, find_fields, image_notes, is_hidden, usable_fields
+from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.splits import with_groups
@@ -30,7 +31,18 @@ from jaxcells.text import some
 logger = logging.getLogger("jaxcells")
 
 _AGAIN = "choose another workdir, or delete that folder to draw again"
-_COLUMNS = ("crop", "class", "channel", "source", "group", "y", "x", "split", "sha256")
+_COLUMNS = (
+    "crop",
+    "class",
+    "channel",
+    "source",
+    "group",
+    "y",
+    "x",
+    "foreground",
+    "split",
+    "sha256",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +57,7 @@ class CropRecord:
       group: what must not stand in two splits.
       y: row of the crop's upper left pixel in the field.
       x: column of the crop's upper left pixel in the field.
+      foreground: fraction of the crop that shows cells, see `foreground`.
       split: "train", "val" or "test".
       sha256: hash of the pixels, see `pixel_sha256`.
     """
@@ -56,6 +69,7 @@ class CropRecord:
     group: str
     y: int
     x: int
+    foreground: float
     split: str
     sha256: str
 
@@ -234,7 +248,13 @@ def pixel_sha256(image: np.ndarray) -> str:
 def _read_manifest(path: Path) -> list[CropRecord]:
     with open(path, newline="", encoding="utf-8") as file:
         return [
-            CropRecord(label=row.pop("class"), y=int(row.pop("y")), x=int(row.pop("x")), **row)
+            CropRecord(
+                label=row.pop("class"),
+                y=int(row.pop("y")),
+                x=int(row.pop("x")),
+                foreground=float(row.pop("foreground")),
+                **row,
+            )
             for row in csv.DictReader(file)
         ]
 
@@ -258,7 +278,7 @@ def _write_crops(
         image = read_image(field.path, plane=plane)
         if (*image.shape, image.dtype) != (info.height, info.width, info.channels, info.dtype):
             raise Error(f"{field.path}: damaged, or changed since its header was read; try again")
-        hashes[field.name] = pixel_sha256(image)
+        hashes[field.name], foreground = pixel_sha256(image), foreground_map(image)
         for crop in of_field:
             y, x, split = crop.y, crop.x, crop.split
             pixels = image[y : y + size, x : x + size] if size else image
@@ -266,7 +286,8 @@ def _write_crops(
             folder.mkdir(parents=True, exist_ok=True)
             path = write_crop(folder / _crop_name(crop), pixels).relative_to(directory).as_posix()
             origin = (field.label, field.channel, field.name, field.group, y, x)
-            records.append(CropRecord(path, *origin, split, pixel_sha256(pixels)))
+            shown = round(foreground_fraction(foreground, y, x, *pixels.shape[:2]), 4)
+            records.append(CropRecord(path, *origin, shown, split, pixel_sha256(pixels)))
 
     parallel_map(write_field, list(by_field.values()), title="writing crops")
     records.sort(key=lambda r: (SPLITS.index(r.split), r.label, r.source, r.y, r.x))

@@ -166,7 +166,7 @@ def _positions(field: Field, number: int, settings: CropSettings) -> list[tuple[
     best = 0.0
     # A field with hardly any cells would otherwise be searched pixel by pixel.
     for y, x in itertools.islice(places, 100 * number + 1000):
-        fraction = foreground_fraction(foreground, y, x, size)
+        fraction = foreground_fraction(foreground, y, x, size, size)
         best = max(best, fraction)
         if fraction >= least:
             full.append((y, x))

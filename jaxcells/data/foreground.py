@@ -35,9 +35,9 @@ def foreground_map(image: np.ndarray) -> np.ndarray:
     return deviation > _RATIO * np.percentile(varied, _BACKGROUND_PERCENTILE)
 
 
-def foreground_fraction(foreground: np.ndarray, y: int, x: int, size: int) -> float:
-    """Returns the fraction of foreground among the blocks wholly inside a crop at (y, x)."""
-    rows = slice(-(-y // BLOCK), (y + size) // BLOCK)
-    columns = slice(-(-x // BLOCK), (x + size) // BLOCK)
+def foreground_fraction(foreground: np.ndarray, y: int, x: int, height: int, width: int) -> float:
+    """Returns the fraction of foreground among the blocks wholly inside a rectangle at (y, x)."""
+    rows = slice(-(-y // BLOCK), (y + height) // BLOCK)
+    columns = slice(-(-x // BLOCK), (x + width) // BLOCK)
     blocks = foreground[rows, columns]
     return float(blocks.mean()) if blocks.size else 0.0

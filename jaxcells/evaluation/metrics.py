@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from jaxcells.evaluation.predictions import Predictions
 from jaxcells.text import shortened, some, text_table
 
 # A softmax in float32 underflows to 0 below this: one crop then costs at most 87.3 nats of loss.
@@ -158,6 +159,17 @@ def classification_metrics(
         absent_classes=tuple(name for name, row in per_class.items() if not row.support),
         num_crops=len(labels),
         num_fields=len(crops),
+    )
+
+
+def split_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
+    """`classification_metrics` of crops, with intervals over their independent fields (groups)."""
+    return classification_metrics(
+        predictions.probabilities,
+        predictions.labels,
+        class_names=predictions.class_names,
+        groups=predictions.groups,
+        seed=seed,
     )
 
 

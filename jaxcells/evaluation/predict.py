@@ -4,8 +4,6 @@ import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxcells.data.arrays import SplitArrays
-from jaxcells.data.crop_set import CropRecord
 from jaxcells.data.loader import Batch, eval_batches, num_batches
-from jaxcells.evaluation.metrics import SplitMetrics, classification_metrics
-from jaxcells.files import Workdir, write_csv
+from jaxcells.evaluation.calibration import Calibration, fit_calibration
+from jaxcells.evaluation.predictions import Predictions
+from jaxcells.files import Workdir, from_record, read_json
 from jaxcells.models import create_model
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import CheckpointMeta, Which, restore_variables
@@ -31,7 +29,7 @@ class TrainedNetwork:
     Attributes:
       state: parameters and statistics on the devices.
       meta: what was stored with them.
-      predict_step: from state and batch to probabilities, jitted for the mesh.
+      predict_step: see `make_predict_step`, jitted for the mesh.
       devices: the mesh.
     """
 
@@ -59,30 +57,29 @@ def load_network(
     devices = mesh.make_mesh()
     key = repr(("predict", meta.model, meta.normalization))
     if key not in compiled:
-        step = mesh.jit_step(make_predict_step(meta.normalization), devices)
-        compiled[key] = create_model(**meta.model), step
+        model = create_model(**meta.model)
+        step = make_predict_step(meta.normalization, has_segments=hasattr(model, "segments"))
+        compiled[key] = model, mesh.jit_step(step, devices)
     model, predict_step = compiled[key]
     state = mesh.replicate(inference_state(model, variables), devices)
     return TrainedNetwork(state, meta, predict_step, devices)
 
 
-def predict_split(
-    network: TrainedNetwork, split: SplitArrays, batch_size: int
-) -> tuple[np.ndarray, dict[str, float]]:
+def predict_split(network: TrainedNetwork, split: SplitArrays) -> tuple[Predictions, float, float]:
     """Predicts every crop of a split with one jitted step.
 
     Args:
       network: the network.
       split: its pixels; labels are not looked at.
-      batch_size: B, over all devices.
 
     Returns:
-      Probabilities float32 [N, K] in the order of the split; and seconds: "compile_s", of a first
-      batch that is thrown away, and "evaluate_s", of the whole split.
+      Predictions in the order of the split, not calibrated; seconds of compilation, for which a
+      first batch is thrown away; and seconds of the whole split.
     """
+    batch_size, meta = network.meta.batch_size, network.meta
     rows = mesh.local_rows(batch_size, network.devices)
 
-    def predict(batch: Batch) -> np.ndarray:
+    def predict(batch: Batch) -> dict[str, np.ndarray]:
         images = mesh.shard_batch({"image": batch["image"]}, network.devices)
         return jax.device_get(network.predict_step(network.state, images))
 
@@ -92,51 +89,34 @@ def predict_split(
     batches = eval_batches(split.images, split.labels, batch_size, rows)
     total = num_batches(len(split.labels), batch_size)
     bar = tqdm(batches, total=total, unit="batch", disable=None, leave=False)
-    probabilities = np.concatenate([predict(batch) for batch in bar])[: len(split.labels)]
-    seconds = {"compile_s": compiled - start, "evaluate_s": time.monotonic() - compiled}
-    return probabilities, seconds
+    found = [predict(batch) for batch in bar]
+    outputs = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
+    number = len(split.labels)
+    predictions = Predictions(
+        records=split.records,
+        class_names=meta.class_names,
+        logits=outputs["logits"][:number],
+        temperature=np.ones(number),
+        unknown=np.zeros(number),
+        features=outputs["features"][:number],
+    )
+    return predictions, compiled - start, time.monotonic() - compiled
 
 
-def evaluate_split(
-    network: TrainedNetwork, split: SplitArrays, path: Path
-) -> tuple[SplitMetrics, dict[str, float]]:
-    """Predicts a split, writes its predictions, and compares them with the labels.
+def calibrate(network: TrainedNetwork, validation: Predictions, workdir: Workdir) -> Calibration:
+    """Returns the calibration that is stored with a run, or fits that of another checkpoint.
 
     Args:
       network: the network.
-      split: its pixels and labels.
-      path: of the predictions.
-
-    Returns:
-      The figures, with intervals over independent fields; and seconds as of `predict_split`.
+      validation: what it predicts of the validation split.
+      workdir: of the run.
     """
-    meta = network.meta
-    probabilities, seconds = predict_split(network, split, meta.batch_size)
-    if mesh.is_primary():
-        write_predictions(path, split.records, probabilities, meta.class_names)
-    metrics = classification_metrics(
-        probabilities,
-        split.labels,
-        class_names=meta.class_names,
-        groups=split.groups,
-        seed=meta.seed,
-    )
-    return metrics, seconds
-
-
-def write_predictions(
-    path: Path,
-    records: Sequence[CropRecord],
-    probabilities: np.ndarray,
-    class_names: Sequence[str],
-) -> None:
-    """Writes a line per crop: path, label, prediction, source, group, one probability a class."""
-    header = ["path", "label", "prediction", "source", "group"]
-    rows = [
-        [r.crop, r.label, class_names[row.argmax()], r.source, r.group, *(f"{p:.6g}" for p in row)]
-        for r, row in zip(records, probabilities, strict=True)
-    ]
-    write_csv(path, header + [f"probability {name}" for name in class_names], rows)
+    step = network.meta.step
+    if workdir.calibration.exists():
+        stored = from_record(Calibration, read_json(workdir.calibration), workdir.calibration)
+        if stored.checkpoint == step:
+            return stored
+    return fit_calibration(validation, step)
 
 
 def write_history(workdir: Workdir, verb: str, split: str, step: int) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxcells.evaluation.calibration import Calibration
 from jaxcells.evaluation.metrics import SplitMetrics, summary_table
 from jaxcells.text import duration
 
@@ -52,6 +53,7 @@ class RunResults:
       test: figures of the test split.
       test_opened: how often the test split of this workdir had been opened then.
       baseline: what the figures must beat.
+      calibration: how to read the network's outputs, by the validation split.
       init: where the first parameters came from, see `initialization.initialize`.
       data: the images, crops and split, and what the audit found.
       timing: seconds.
@@ -67,6 +69,7 @@ class RunResults:
     test: SplitMetrics
     test_opened: int
     baseline: Baseline
+    calibration: Calibration
     init: Mapping[str, Any]
     data: Mapping[str, Any]
     timing: Timing

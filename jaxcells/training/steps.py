@@ -27,7 +27,7 @@ Totals = dict[str, jax.Array]
 Normalize = Callable[[Any], Any]
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Totals]]
 EvalStep = Callable[[TrainState, Batch], Totals]
-PredictStep = Callable[[TrainState, Batch], jax.Array]
+PredictStep = Callable[[TrainState, Batch], dict[str, jax.Array]]
 
 
 def cross_entropy(
@@ -156,18 +156,25 @@ def make_eval_step(normalize: Normalize) -> EvalStep:
     return eval_step
 
 
-def make_predict_step(normalize: Normalize) -> PredictStep:
-    """Makes `predict_step(state, batch) -> probabilities`, float32 `[B, K]`.
+def make_predict_step(normalize: Normalize, *, has_segments: bool = True) -> PredictStep:
+    """Makes `predict_step(state, batch) -> {"logits": [B, K], "features": [B, D]}`, both float32.
 
     Every row is predicted, those with mask 0 too; `label` and `mask` may be left out of the batch.
 
     Args:
       normalize: raw images to float32 images.
+      has_segments: whether the network can be run in parts (see `ResNet`). The features are then
+        what its head sees, else the logits.
     """
 
-    def predict_step(state: TrainState, batch: Batch) -> jax.Array:
-        logits = state.apply_fn(state.variables, normalize(batch["image"]), train=False)
-        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    def predict_step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        images = normalize(batch["image"])
+        if has_segments:
+            features = state.apply_fn(state.variables, images, train=False, last=-1)
+            logits = state.apply_fn(state.variables, features, train=False, first=-1)
+        else:
+            features = logits = state.apply_fn(state.variables, images, train=False)
+        return {"logits": logits.astype(jnp.float32), "features": features.astype(jnp.float32)}
 
     return predict_step
 

@@ -85,9 +85,8 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                 network = predict.load_network(run, "best", compiled)
                 if network.meta.manifest_sha256 != data.crop_set.manifest_sha256:
                     raise Error(f"{run} was trained on other crops; delete it to train it again")
-                batch_size = e.config.train.batch_size
-                probabilities, _ = predict.predict_split(network, data.arrays["val"], batch_size)
-                predictions[e.label] = probabilities.argmax(axis=1)
+                validation, _, _ = predict.predict_split(network, data.arrays["val"])
+                predictions[e.label] = validation.predicted
             except (Error, MemoryError, jax.errors.JaxRuntimeError) as error:
                 failures[e.label] = one_line(error)
                 logger.warning("%s failed: %s", e.label, error)

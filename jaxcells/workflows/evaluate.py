@@ -8,7 +8,8 @@ from jaxcells.data.arrays import open_arrays
 from jaxcells.data.crop_set import open_crop_set, verify_pixels
 from jaxcells.data.fields import SPLITS
 from jaxcells.evaluation import predict
-from jaxcells.evaluation.metrics import SplitMetrics, summary_table
+from jaxcells.evaluation.metrics import SplitMetrics, split_metrics, summary_table
+from jaxcells.evaluation.predictions import write_predictions
 from jaxcells.files import Error, Workdir, lock_workdir, write_json
 from jaxcells.training.checkpoints import Which
 from jaxcells.training.loop import check_crops
@@ -41,13 +42,18 @@ def evaluate(workdir: Workdir, *, split: str, which: Which) -> SplitMetrics:
     verify_pixels(crop_set)
     # Reading is safe beside a training, writing is not.
     with contextlib.nullcontext() if workdir.arrays.is_dir() else lock_workdir(workdir.path):
-        arrays = open_arrays(crop_set, workdir.arrays)[split]
+        arrays = open_arrays(crop_set, workdir.arrays)
     opened = predict.write_history(workdir, "evaluate", split, meta.step)
     if split == "test":
         logger.info("the test split of this run has now been opened %d times", opened)
     name = f"{split}_step{meta.step}"
-    metrics, seconds = predict.evaluate_split(network, arrays, workdir.predictions(name))
-    more = {"checkpoint": meta.step, "evaluate_s": seconds["evaluate_s"]}
+    validation, _, _ = predict.predict_split(network, arrays["val"])
+    calibration = predict.calibrate(network, validation, workdir)
+    predictions, _, evaluate_s = predict.predict_split(network, arrays[split])
+    predictions = calibration.apply(predictions)
+    write_predictions(workdir.predictions(name), predictions)
+    metrics = split_metrics(predictions, seed=meta.seed)
+    more = {"checkpoint": meta.step, "evaluate_s": evaluate_s}
     write_json(workdir.evaluation(name), dataclasses.asdict(metrics) | more)
     print(summary_table(metrics, f"{split} split, checkpoint of step {meta.step}"))
     logger.info("written to %s", workdir.evaluation(name))

@@ -15,6 +15,8 @@ from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import mean_std_baseline
 from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
+from jaxcells.evaluation.metrics import split_metrics
+from jaxcells.evaluation.predictions import write_predictions
 from jaxcells.evaluation.results import Baseline, RunResults, Timing
 from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
 from jaxcells.models import create_model
@@ -185,33 +187,37 @@ def open_test_split(
     start = time.monotonic()
     network = predict.load_network(workdir, "best", compiled)
     meta, arrays = network.meta, data.arrays
-    opened = predict.write_history(workdir, "train", "test", meta.step) if mesh.is_primary() else 0
     train, test = arrays["train"], arrays["test"]
-    val_metrics, val_seconds = predict.evaluate_split(
-        network, arrays["val"], workdir.predictions("val")
-    )
-    test_metrics, test_seconds = predict.evaluate_split(network, test, workdir.predictions("test"))
-    evaluate_s = val_seconds["evaluate_s"] + test_seconds["evaluate_s"]
+    validation, val_compile_s, val_s = predict.predict_split(network, arrays["val"])
+    calibration = predict.calibrate(network, validation, workdir)
+    if mesh.is_primary():
+        write_json(workdir.calibration, dataclasses.asdict(calibration))
+    opened = predict.write_history(workdir, "train", "test", meta.step) if mesh.is_primary() else 0
+    tested, test_compile_s, test_s = predict.predict_split(network, arrays["test"])
+    evaluate_s = val_s + test_s
+    validation, tested = map(calibration.apply, (validation, tested))
+    test_metrics = split_metrics(tested, seed=meta.seed)
     results = RunResults(
-        validation=val_metrics,
+        validation=split_metrics(validation, seed=meta.seed),
         test=test_metrics,
         test_opened=opened,
         baseline=Baseline(
             "linear classifier on each crop's mean and standard deviation per channel",
             mean_std_baseline(train.images, train.labels, test.images, test.labels),
         ),
+        calibration=calibration,
         init=meta.init,
         data=_describe_data(config, data, meta),
         timing=Timing(
             crop_s=progress.prepare_s,
-            compile_s=progress.compile_s + val_seconds["compile_s"] + test_seconds["compile_s"],
+            compile_s=progress.compile_s + val_compile_s + test_compile_s,
             features_s=progress.features_s,
             train_s=progress.train_s,
             typical_train_s=progress.typical_train_s(config.optim.freeze_epochs),
             evaluate_s=evaluate_s,
             total_s=progress.total_s + time.monotonic() - start,
             train_images_per_second=progress.images / progress.train_s,
-            eval_images_per_second=(val_metrics.num_crops + test_metrics.num_crops) / evaluate_s,
+            eval_images_per_second=(len(validation.labels) + len(tested.labels)) / evaluate_s,
         ),
         memory={"train_step_bytes": progress.step_bytes},
         best_step=meta.step,
@@ -221,6 +227,8 @@ def open_test_split(
         environment=read_json(workdir.environment),
     )
     if mesh.is_primary():
+        write_predictions(workdir.predictions("val"), validation)
+        write_predictions(workdir.predictions("test"), tested)
         plot_curves(read_metrics(workdir.metrics), workdir.figure("curves"), best_step=meta.step)
         confusion, names = test_metrics.confusion_matrix, meta.class_names
         plot_confusion(confusion, names, workdir.figure("confusion"), title="test split")

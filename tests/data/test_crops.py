@@ -144,9 +144,9 @@ def test_foreground_is_told_by_texture():
     assert blocks.shape == (20, 40)
     assert not blocks[:, :20].any()
     assert blocks[:, 20:].all()
-    assert foreground_fraction(blocks, 0, 0, 64) == 0
-    assert foreground_fraction(blocks, 40, 200, 64) == 1
-    assert foreground_fraction(blocks, 0, 128, 64) == 0.5
+    assert foreground_fraction(blocks, 0, 0, 64, 64) == 0
+    assert foreground_fraction(blocks, 40, 200, 64, 64) == 1
+    assert foreground_fraction(blocks, 0, 128, 64, 64) == 0.5
     assert not foreground_map(np.full((80, 80, 3), 7, np.uint16)).any()
 
 
@@ -158,9 +158,9 @@ def test_near_empty_crops_are_redrawn(tmp_path):
     settings = {"crop_size": 64, "split": (20, 5, 5)}
     free, full = draw(fields, **settings), draw(fields, **settings, min_foreground=0.5)
     blocks = foreground_map(half_empty()[..., None])
-    fractions = [foreground_fraction(blocks, c.y, c.x, 64) for c in full]
+    fractions = [foreground_fraction(blocks, c.y, c.x, 64, 64) for c in full]
     assert len(full) == len(free) == 60
     assert min(fractions) >= 0.5
-    assert min(foreground_fraction(blocks, c.y, c.x, 64) for c in free) == 0
+    assert min(foreground_fraction(blocks, c.y, c.x, 64, 64) for c in free) == 0
     with pytest.raises(Error, match=r"0\.png: \d+ crops.* 0 were found \(the fullest has 1\.00"):
         draw(fields, **settings, min_foreground=1.01)

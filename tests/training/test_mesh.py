@@ -79,7 +79,7 @@ def run(devices, checkpoint=None):
     return {
         "state": jax.device_get(state),
         "totals": jax.device_get(mesh.jit_step(eval_step, placed)(state, sharded)),
-        "probabilities": np.asarray(mesh.jit_step(predict_step, placed)(state, sharded)),
+        "outputs": jax.device_get(mesh.jit_step(predict_step, placed)(state, sharded)),
     }
 
 

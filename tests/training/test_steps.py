@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcells.models import create_model
 from jaxcells.training import optim
 from jaxcells.training.state import create_train_state, inference_state, state_of
 from jaxcells.training.steps import (
@@ -40,7 +41,7 @@ def normalize(images):
 
 train_step = jax.jit(make_train_step(normalize))
 eval_step = jax.jit(make_eval_step(normalize))
-predict_step = jax.jit(make_predict_step(normalize))
+predict_step = jax.jit(make_predict_step(normalize, has_segments=False))
 
 
 @functools.cache
@@ -197,8 +198,20 @@ def test_prediction_and_evaluation_need_no_optimiser():
     bare = inference_state(Tiny(), state.variables)
     assert not jax.tree.leaves(bare.opt_state)
     logits = state.apply_fn(state.variables, normalize(batch["image"]), train=False)
-    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    probabilities = predict_step(bare, {"image": batch["image"]})
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
-    assert probabilities.dtype == jnp.float32
+    outputs = predict_step(bare, {"image": batch["image"]})
+    np.testing.assert_allclose(outputs["logits"], logits, rtol=1e-5)
+    assert outputs["logits"].dtype == jnp.float32
     assert_trees_equal(eval_step(bare, batch), eval_step(state, batch))
+
+
+def test_features_are_what_the_head_of_the_network_sees():
+    model, images = create_model("resnet18", num_classes=3, width=4), np.full((2, 32, 32, 3), 0.5)
+    variables = model.init(jax.random.key(0), images, train=False)
+    step = make_predict_step(lambda images: images)
+    outputs = step(inference_state(model, variables), {"image": images})
+    head = variables["params"]["fc"]
+    assert outputs["features"].shape == (2, 32)
+    expected = outputs["features"] @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-5)
+    whole = model.apply(variables, images, train=False)
+    np.testing.assert_allclose(outputs["logits"], whole, rtol=1e-5)

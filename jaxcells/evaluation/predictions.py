@@ -1,0 +1,128 @@
+"""What a network makes of crops of known class: all that figures and reports are made from."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import softmax
+
+from jaxcells.data.crop_set import CropRecord
+from jaxcells.files import Error, write_csv
+
+_ARRAYS = ("logits", "temperature", "unknown", "features")
+_BASELINE = "baseline_"  # before the name of a baseline, in the file
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """N crops of K classes, as one network sees them; or as the networks of several folds do.
+
+    Attributes:
+      records: their lines of the manifest.
+      class_names: the position is the label.
+      logits: float32 [N, K].
+      temperature: float64 [N], what the logits are divided by to calibrate the probabilities.
+      unknown: float64 [N], how far the unknown score is above its threshold: a crop with more than
+        0 is called unknown.
+      features: float32 [N, D], what the last layer sees; None if networks of several folds do.
+      baselines: {name: int [N]}, what classifiers that see far less predict, see `baseline`.
+      folds: int [N], the fold that tested a crop, from 1; None of a single network.
+    """
+
+    records: tuple[CropRecord, ...]
+    class_names: tuple[str, ...]
+    logits: npt.NDArray[np.float32]
+    temperature: npt.NDArray[np.float64]
+    unknown: npt.NDArray[np.float64]
+    features: npt.NDArray[np.float32] | None
+    baselines: Mapping[str, npt.NDArray[np.int64]] = dataclasses.field(default_factory=dict)
+    folds: npt.NDArray[np.int64] | None = None
+
+    @functools.cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The true classes, int [N]."""
+        return np.array([self.class_names.index(r.label) for r in self.records], np.int64)
+
+    @functools.cached_property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """The most probable classes, int [N]; calibration does not change them."""
+        return self.logits.argmax(axis=1)
+
+    @functools.cached_property
+    def probabilities(self) -> npt.NDArray[np.float64]:
+        """Those of the network as it was trained, [N, K]."""
+        return softmax(self.logits.astype(np.float64), axis=1)
+
+    @functools.cached_property
+    def calibrated(self) -> npt.NDArray[np.float64]:
+        """Probabilities at the temperature, [N, K]."""
+        return softmax(self.logits / self.temperature[:, None], axis=1)
+
+    @property
+    def groups(self) -> npt.NDArray[np.str_]:
+        """The independent unit of every crop, [N]."""
+        return np.array([record.group for record in self.records])
+
+    @property
+    def sources(self) -> npt.NDArray[np.str_]:
+        """The image of every crop, [N]."""
+        return np.array([record.source for record in self.records])
+
+    def rows(self) -> tuple[list[str], list[list[object]]]:
+        """Header and rows of predictions_<split>.csv, one for each crop."""
+        header = ["path", "label", "prediction", "source", "group", "unknown"]
+        header += [
+            f"{kind} {n}" for kind in ("probability", "calibrated") for n in self.class_names
+        ]
+        rows: list[list[object]] = []
+        for number, record in enumerate(self.records):
+            name, unknown = self.class_names[self.predicted[number]], self.unknown[number] > 0
+            figures = [*self.probabilities[number], *self.calibrated[number]]
+            origin = [record.crop, record.label, name, record.source, record.group]
+            rows.append([*origin, "yes" if unknown else "no", *(f"{p:.6g}" for p in figures)])
+        if self.folds is not None:
+            header.append("fold")
+            rows = [[*row, fold] for row, fold in zip(rows, self.folds.tolist(), strict=True)]
+        return header, rows
+
+
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Writes `path`, a CSV with a row per crop for people, and beside it .npz with all arrays."""
+    write_csv(path, *predictions.rows())
+    arrays = {name: getattr(predictions, name) for name in _ARRAYS}
+    arrays |= {_BASELINE + name: classes for name, classes in predictions.baselines.items()}
+    with open(path.with_suffix(".npz"), "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_predictions(
+    path: Path, records: Sequence[CropRecord], class_names: Sequence[str]
+) -> Predictions:
+    """Reads what `write_predictions` wrote.
+
+    Args:
+      path: the CSV.
+      records: the crops that were predicted, in the order of the manifest.
+      class_names: the position is the label.
+
+    Raises:
+      Error: missing, damaged, or of another number of crops.
+    """
+    path = path.with_suffix(".npz")
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if len(arrays["logits"]) != len(records):
+            raise ValueError(f"{len(arrays['logits'])} crops for {len(records)} of the manifest")
+        own = {name: arrays[name] for name in _ARRAYS}
+    except (OSError, ValueError, KeyError) as error:
+        raise Error(f"{path}: missing or damaged ({error}); run `evaluate` again") from error
+    baselines = {
+        name.removeprefix(_BASELINE): classes
+        for name, classes in arrays.items()
+        if name.startswith(_BASELINE)
+    }
+    return Predictions(tuple(records), tuple(class_names), baselines=baselines, **own)
