@@ -129,7 +129,7 @@ def make_recipe(config: ConfigDict) -> Recipe:
         model=config.model.to_dict(),
         seed=config.seed,
         normalize=config.data.normalize,
-        **config.data.augment,
+        augmentation=config.data.augment.to_dict(),
         **sgd,
         **config.train,
         **config.checkpoint,

@@ -258,8 +258,8 @@ def test_message_of_an_unknown_name_states_the_grammar(name):
         create_model(name, num_classes=2)
     assert str(caught.value) == (
         f"model.name={name} is no network: choose a kind and a number of layers, as in resnet34, "
-        "of resnet with 18, 34, 50, 101, 152; plain with 18, 34, 50, 101, 152; preact with 18, 34, "
-        "50, 101, 152, 200, 164, 1001"
+        "of resnet or plain with 18, 34, 50, 101, 152; preact with 18, 34, 50, 101, 152, 200, 164, "
+        "1001"
     )
 
 
