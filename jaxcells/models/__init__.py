@@ -69,15 +69,9 @@ def create_model(
             has no norm at the end of its branches.
     """
     kind = name.rstrip("0123456789")
-    if name not in (*MODEL_NAMES, *NETWORKS):
-        kinds: dict[tuple[int, ...], list[str]] = {}
-        for own_kind, (*_, depths) in _KINDS.items():
-            kinds.setdefault(depths, []).append(own_kind)
-        grammar = [f"{' or '.join(v)} with {', '.join(map(str, k))}" for k, v in kinds.items()]
-        raise Error(
-            f"model.name={name} is no network: choose a kind and a number of layers, as in "
-            f"resnet34, of {'; '.join([*grammar, *NETWORKS])}"
-        )
+    names = (*MODEL_NAMES, *NETWORKS)
+    if name not in names:
+        raise Error(f"model.name={name} is no network; choose one of {', '.join(names)}")
     if zero_init_residual and kind != "resnet":
         raise Error(
             f"model.zero_init_residual=True is for resnet alone, not for {name}: plain has no "

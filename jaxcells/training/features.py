@@ -89,14 +89,13 @@ def make_inputs(
     Raises:
       OSError: a resumed run had features, and the disk has no room for them now.
     """
-    segments = getattr(model, "segments", None)
-    if segments is None:
+    if not hasattr(model, "segments"):
         logger.info("what is frozen is computed in every step: the network has no segments")
         return crops
-    num_segments = frozen_prefix(segments, variables["params"], recipe.freeze)
+    num_segments = frozen_prefix(model.segments, variables["params"], recipe.freeze)
     if not num_segments:
         return crops
-    names = [name for segment in segments[:num_segments] for name in segment]
+    names = [name for segment in model.segments[:num_segments] for name in segment]
     frozen = f"{names[0]} to {names[-1]} are frozen"
 
     def keep_crops(why: str) -> Inputs:

@@ -68,6 +68,9 @@ def train(
     start = time.monotonic() - prepare_s
     compiled = {} if compiled is None else compiled
     labels, class_names = arrays["train"].labels, crop_set.class_names
+    if recipe.batch_size > len(labels):
+        text = "train.batch_size=%d is more than the %d training crops: steps see some twice"
+        logger.warning(text, recipe.batch_size, len(labels))
     steps_per_epoch = num_batches(len(labels), recipe.batch_size)
     num_steps = steps_per_epoch * recipe.num_epochs
     phases = [(recipe.num_epochs, recipe.freeze)]  # last epoch, what is frozen until then
