@@ -96,7 +96,7 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     if flat:
         warnings.append(
             f"{len(flat)} of {len(records)} crops are nearly constant, such as {min(flat)}; "
-            "data.min_foreground=0.1 redraws empty crops"
+            f"a data.min_foreground above {crop_set.settings.min_foreground:g} redraws empty crops"
         )
     for split in ("val", "test"):
         fields = {name: count["fields"] for name, count in counts[split].items()}
@@ -194,8 +194,8 @@ def _shortcuts(field_kinds: Counts) -> Iterator[str]:
         table = np.array([[count.get(value, 0) for value in values] for count in counts.values()])
         shares = table / table.sum(axis=1, keepdims=True)  # [class, value]
         if np.ptp(shares, axis=0).max() > _DIFFERENT:
-            listed = some([f"{label}: {', '.join(sorted(c))}" for label, c in counts.items()])
+            listed = "; ".join(f"{label}: {', '.join(sorted(c))}" for label, c in counts.items())
             yield (
-                f"classes differ in {kind} ({listed}): a shortcut by which a network can tell them "
-                "apart without looking at cells"
+                f"classes differ in {kind} ({shortened(listed, 400)}): a shortcut by which a "
+                "network can tell them apart without looking at cells"
             )
