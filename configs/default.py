@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
     # What stays in one split: "field", "channel", a regular expression whose group 1
     # names the group in an image's path (plate, patient, day), or "crop": nothing, as in the study.
     config.data.split_by = "field"
+    # What batches images were taken in (plate, day): a regular expression whose group 1 names it in
+    # an image's path. Classes that do not stand in all of them are warned of. "": not known.
+    config.data.batch_by = ""
     # Pixels to leave out at the top, right, bottom and left of every image (burnt-in scale bars).
     config.data.border = (0, 0, 0, 0)
     # Redraw crops with less than this fraction of foreground; 0 keeps all.

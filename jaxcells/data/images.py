@@ -32,7 +32,8 @@ _STACKS = dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), open_tiff) | {
     b"\0\0\0\x0cjP  ": open_nd2,  # before 2009
 }
 
-SUFFIXES = frozenset(".png .jpg .jpeg .bmp .tif .tiff .stk .czi .lif .nd2".split())
+_SUFFIXES = "bmp czi jpeg jpg lif nd2 png stk tif tiff"
+SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """Lower-case suffixes of the files that are read."""
 
 _FOREIGN = (
