@@ -12,7 +12,7 @@ from jaxcells.data.crop_set import CropRecord, CropSet
 from jaxcells.data.fields import SPLITS
 from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
-from jaxcells.text import shortened, some, text_table
+from jaxcells.text import digits, shortened, some, text_table
 
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 
@@ -241,7 +241,7 @@ def _confounded(what: str, units: Sequence[str], labels: Sequence[str]) -> Itera
     pairs = sorted(set(zip(units, labels, strict=True)))
     shown = {unit: [label for other, label in pairs if other == unit] for unit, _ in pairs}
     if any(len(names) < len(set(labels)) for names in shown.values()):
-        listed = some([f"{unit}: {', '.join(names)}" for unit, names in shown.items()], 8)
+        listed = some([f"{unit}: {'+'.join(names)}" for unit, names in shown.items()], 8)
         outcome = "may tell these apart instead of cells"
         if all(len(names) == 1 for names in shown.values()):
             outcome = "need not look at cells at all, and no figure of this study could show it"
@@ -255,7 +255,7 @@ def _ranges(train: SplitArrays) -> Iterator[str]:
         rows = [row for row, record in enumerate(train.records) if record.label == name][:500]
         high[name] = np.percentile(train.images[rows, ::4, ::4], 99.9)
     if max(high.values()) > _RANGE_RATIO * min(high.values()):
-        listed = some([f"{name}: {value:.4g}" for name, value in high.items()], 8)
+        listed = some([f"{name}: {digits(value)}" for name, value in high.items()], 8)
         yield (
             f"classes differ in the range of their pixels (99.9 % are below: {listed}): 12-bit "
             "beside 16-bit images, or another exposure? A shortcut by which a network can tell them"

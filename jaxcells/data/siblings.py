@@ -19,7 +19,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from jaxcells.data.fields import Field
 from jaxcells.data.images import read_image
@@ -105,7 +104,7 @@ def _are_alike(sets: Sequence[Siblings], plane: str) -> bool:
         side = max(2, max(image.shape) // _NUM_BLOCKS)
         rows, columns = (n // side for n in image.shape)
         blocks = image[: rows * side, : columns * side].reshape(rows, side, columns, side)
-        return stats.rankdata(blocks.std(axis=(1, 3)))
+        return np.unique(blocks.std(axis=(1, 3)), return_inverse=True)[1].ravel()  # ranks
 
     pairs = [list(siblings.values())[:2] for siblings in sets[:: -(-len(sets) // _NUM_PAIRS)]]
     first, second = ([contrast(pair[k]) for pair in pairs] for k in (0, 1))
