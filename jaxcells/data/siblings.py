@@ -9,8 +9,10 @@ They are one field where names say so: all that differs are known words for stai
 pixels decide, for the channels of a device may well repeat the names of their images. In pictures
 of one field the local contrast lies in the same places, whatever the stain. The measure is its rank
 correlation in a candidate pair, less that in images of different pairs (in which walls and
-vignettes lie in the same places too): 0.2 to 0.9 for stains and masks of one field, within 0.05 of
-0 for other fields.
+vignettes lie in the same places too). It was 0.7 to 0.9 between the colours of smears and 0.2 to
+0.4 between simulated stains of the same cells; over four random pairs of other fields (7,200 draws
+from smears, single cells and the sample) at most 0.11. Stains that share but half of their cells,
+at 0.08, are not found by pixels.
 """
 
 import contextlib
@@ -64,7 +66,7 @@ def check_siblings(fields: Sequence[Field], split_by: str, plane: str) -> list[s
     Raises:
       Error: with the expression that leaves masks out, or keeps the images of a field together.
     """
-    chosen = split_by not in ("field", "channel") or any(field.split for field in fields)
+    chosen = split_by not in ("field", "channel") or all(field.split for field in fields)
     notes: list[str] = []
     for place, words in _PLACES.items():
         candidates = _candidates(fields, place)

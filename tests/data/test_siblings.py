@@ -135,7 +135,9 @@ def test_series_wells_and_single_pairs_are_no_siblings(tmp_path):
     for number in range(6):
         name = f"plate_{'ABC'[number % 3]}{number // 3 + 1}.png"
         write_image(tmp_path / "B" / name, textured(60, 80, 10 + number))
-    write_image(tmp_path / "B" / "field0_overview.png", textured(200, 300, 1))  # of another size
+        # Of another size; and what differs in a number alone is a series, though it be a copy.
+        write_image(tmp_path / "B" / f"field{number}_overview.png", textured(200, 300, number))
+        write_image(tmp_path / "A" / f"site{number // 2}_{number % 2}.png", stains(number // 2)[0])
     assert check_siblings(find_fields(tmp_path), "field", "") == []
 
 
@@ -144,6 +146,11 @@ def test_what_a_split_or_the_study_asks_for_is_not_questioned(tmp_path):
                for stain in ("DAPI", "GFP")]  # fmt: skip
     root = write_stains(tmp_path / "split", *folders, kinds=(0, 1) * 3, fields=1)
     assert check_siblings(find_fields(root), "field", "") == []
+    for image in root.glob("val/*/*"):  # now train is divided
+        image.unlink()
+    for folder in sorted(root.glob("val/**"), reverse=True):
+        folder.rmdir()
+    assert "as their names say" in refusal(root)
     root = write_stains(tmp_path / "study", "{c}/f{i}_DAPI.png", "{c}/f{i}_GFP.png")
     assert check_siblings(find_fields(root), "crop", "") == []
 
