@@ -44,9 +44,13 @@ def get_config() -> ConfigDict:
     config.data.crops_per_class = 954
     # Crops per class for train, val and test; the sum is crops_per_class.
     config.data.split = (754, 100, 100)
-    # What stays in one split: "field", "channel", a regular expression whose group 1
-    # names the group in an image's path (plate, patient, day), or "crop": nothing, as in the study.
+    # What stays in one split: "field"; "channel" (of the device, no colour); a regular expression
+    # whose group 1 names the group in an image's path (plate, patient, day, or the field of several
+    # stains); or "crop": nothing, as in the study.
     config.data.split_by = "field"
+    # What batches images were taken in (plate, day): a regular expression whose group 1 names it in
+    # an image's path. Classes that do not stand in all of them are warned of. "": not known.
+    config.data.batch_by = ""
     # Pixels to leave out at the top, right, bottom and left of every image (burnt-in scale bars).
     config.data.border = (0, 0, 0, 0)
     # Redraw crops with less than this fraction of foreground; 0 keeps all.

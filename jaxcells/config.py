@@ -59,6 +59,10 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda x: len(x) == 4 and all(isinstance(n, int) and n >= 0 for n in x),
         "four whole numbers: top, right, bottom, left",
     ),
+    "data.batch_by": (
+        lambda x: not x or (_is_expression(x) and re.compile(x).groups),
+        "a regular expression whose group 1 is the batch, or empty",
+    ),
     "data.exclude": (_is_expression, "a regular expression, or empty"),
     "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "data.augment.intensity": (lambda x: 0 <= x < 1, "from 0 to below 1"),

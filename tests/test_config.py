@@ -83,6 +83,7 @@ def test_all_mistakes_are_reported_at_once():
         data__plane="seven",
         data__normalize="minmax",
         data__exclude="(",
+        data__batch_by="plate",
         optim__learning_rate=0.0,
         optim__momentum=1.0,
         optim__schedule="linear",
@@ -91,10 +92,11 @@ def test_all_mistakes_are_reported_at_once():
     with pytest.raises(Error) as error:
         validate(config)
     text = str(error.value)
-    assert text.startswith("the config has 14 mistakes:\n")
+    assert text.startswith("the config has 15 mistakes:\n")
     for key in (
         *("seed=-1", "init=", "model.dtype=", "data.split=", "data.split_by="),
         *("data.border=", "data.min_foreground=", "plane", "data.normalize="),
+        *("data.exclude=", "data.batch_by='plate' must be a regular expression whose group 1"),
         *("optim.learning_rate=", "optim.momentum=", "optim.schedule=", "train.batch_size="),
     ):
         assert key in text

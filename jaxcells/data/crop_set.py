@@ -24,6 +24,7 @@ from jaxcells.data.fields import SPLITS, Field, find_fields, image_notes, is_hid
 from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.parallel import parallel_map
+from jaxcells.data.siblings import check_siblings
 from jaxcells.data.splits import with_groups
 from jaxcells.files import Error, file_sha256, from_record, read_json, write_csv, write_json
 from jaxcells.text import some
@@ -141,12 +142,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         size = 0
     used, notes = usable_fields(fields, size or None, settings.border)
     used = with_groups(used, settings.split_by)
-    notes += image_notes(used)
-    if not size:
-        notes.append(
-            "images are used whole, as crops that were made elsewhere; those cut from one image "
-            "need a group in common (data.split_by), or test and training share images"
-        )
+    notes += image_notes(used) + check_siblings(used, settings.split_by, settings.plane)
     if settings.split_by not in ("field", "crop"):
         groups = sorted({field.group for field in used})
         number = f"{len(groups)} groups in {len(used)} images"

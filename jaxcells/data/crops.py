@@ -98,14 +98,15 @@ def draw_crops(fields: Sequence[Field], settings: CropSettings) -> list[Crop]:
 
 def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[str, str]:
     """Returns the split of every field by name, or nothing where crops are split instead."""
-    if all(field.split for field in fields):  # the folder came split
-        return {field.name: field.split or "" for field in fields}
-    if settings.split_by == "crop" and settings.crop_size:
+    came = {field.name: field.split for field in fields if field.split}
+    counts = {name: n for name, n in settings.counts.items() if name not in came.values()}
+    if settings.split_by == "crop" and settings.crop_size and not came:
         return {}
     # Used whole, an image is a crop: to split crops is to split images.
     split_by = "field" if settings.split_by == "crop" else settings.split_by
-    split_of = allot(fields, settings.counts, split_by=split_by, seed=settings.seed)
-    return {field.name: split_of[field.group] for field in fields}
+    rest = [field for field in fields if not field.split]
+    split_of = allot(rest, counts, split_by=split_by, seed=settings.seed) if rest else {}
+    return came | {field.name: split_of[field.group] for field in rest}
 
 
 def _shares(

@@ -174,7 +174,7 @@ def apportion(
     share = {split: max(int(quota[split]), minimum) for split in counts}
     while sum(share.values()) < total:
         rest = {split: quota[split] - share[split] for split in counts}
-        held_out = [split for split in ("test", "val") if rest[split] > 1e-9]
+        held_out = [split for split in ("test", "val") if rest.get(split, 0) > 1e-9]
         share[max(held_out or rest, key=rest.__getitem__)] += 1
     while sum(share.values()) > total:
         excess = {split: share[split] - quota[split] for split in counts if share[split] > minimum}

@@ -119,6 +119,26 @@ def test_whole_images_are_split_in_the_ratio_of_the_counts(split_by):
     assert {(c.y, c.x) for c in crops} == {(0, 0)}
 
 
+@pytest.mark.parametrize("split_by", ["field", "crop"])
+@pytest.mark.parametrize("crop_size", [200, 0])
+def test_a_test_split_that_came_alone_is_kept_and_the_rest_divided(split_by, crop_size):
+    splits = ["test"] * 3 + [None] * 10
+    fields = with_splits(make_fields({"A": 13}), splits) + with_splits(
+        make_fields({"B": 13}), splits
+    )
+    crops = draw(fields, split_by=split_by, crop_size=crop_size)
+    came = {field.name: field.split for field in fields}
+    found = collections.defaultdict(set)
+    for crop in crops:
+        assert crop.split == came[crop.field.name] or came[crop.field.name] is None
+        found[crop.field.label, crop.split].add(crop.field.name)
+    # 10 fields in the ratio 754 to 100.
+    numbers = {key: len(names) for key, names in found.items()}
+    assert numbers == {(c, s): n for c in "AB" for s, n in zip(SPLITS, (8, 2, 3), strict=True)}
+    with pytest.raises(Error, match="class 'A' has 1 field and needs at least 2"):
+        draw([field for field in fields if field.split or field.name > "A/plate4_9"])
+
+
 def test_a_split_that_came_with_the_folder_is_kept():
     fields = make_fields({"A": 3})
     crops = draw(with_splits(fields), split_by="crop")

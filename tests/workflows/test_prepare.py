@@ -54,6 +54,30 @@ def test_check_verifies_and_shows_the_crops(config, workdir, caplog, monkeypatch
         prepare.check(config, workdir)
 
 
+def test_check_may_be_repeated_with_other_settings_until_something_is_trained(config, workdir):
+    prepare.check(config, workdir)
+    config.data.update(crop_size=40, border=(0, 0, 0, 0))
+    prepare.check(config, workdir)
+    data = prepare.prepare_data(config, workdir)
+    assert data.arrays["train"].images.shape == (12, 40, 40, 1)
+    config.data.crop_size = 32
+    with pytest.raises(Error, match="drawn with other settings"):  # any other verb
+        prepare.prepare_data(config, workdir)
+    for place in ("checkpoints/3", "experiments/one_seed0/checkpoints/3"):
+        (workdir.path / place).mkdir(parents=True)
+        with pytest.raises(Error, match=r"data\.crop_size was 40, now 32; choose another workdir"):
+            prepare.check(config, workdir)
+        (workdir.path / place).rmdir()
+    prepare.check(config, workdir)
+
+
+def test_batches_reach_the_audit(config, workdir):
+    config.data.batch_by = "([AB])/"
+    assert any(
+        "(A: A, B: B)" in text for text in prepare.prepare_data(config, workdir).audit.warnings
+    )
+
+
 def test_crop_makes_crops_and_no_more(config, workdir):
     prepare.crop(config, workdir)
     assert sorted(path.name for path in workdir.path.iterdir()) == [".lock", "crops"]
