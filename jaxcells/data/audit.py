@@ -98,7 +98,7 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
             f"{len(flat)} of {len(records)} crops are nearly constant, such as {min(flat)}; "
             "data.min_foreground=0.1 redraws empty crops"
         )
-    for split in ("val", "test"):
+    for split in SPLITS:
         fields = {name: count["fields"] for name, count in counts[split].items()}
         if few := [f"{name} {number}" for name, number in fields.items() if number < _FEW_FIELDS]:
             warnings.append(
