@@ -8,6 +8,7 @@ backslashes in paths do not matter.
 
 import csv
 import io
+import logging
 import re
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +17,8 @@ from jaxcells.data.images import ImageError, inspect_image
 from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
 from jaxcells.text import some
+
+logger = logging.getLogger("jaxcells")
 
 SHEETS = (".csv", ".tsv")
 """Lower-case suffixes of sheets."""
@@ -50,6 +53,8 @@ def find_in_sheet(sheet: Path, *, plane: str = "", exclude: str = "") -> list[Fi
             f"{sheet}: the first line must name the columns path and class, and may name channel, "
             f"group and split, each once; it has {some(columns) or 'nothing'}"
         )
+    if unread := sorted({*columns} - {*_COLUMNS}):
+        logger.info("%s: columns that are not read: %s", sheet, some(unread))
     rows: dict[int, dict[str, str]] = {}
     first: dict[Path, int] = {}
     for line, row in lines:

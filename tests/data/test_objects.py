@@ -7,9 +7,8 @@ from PIL import Image
 
 from jaxcells import Error
 from jaxcells.data.crop_set import prepare_crop_set
-from jaxcells.data.crops import CropSettings, draw_crops
+from jaxcells.data.crops import CropSettings
 from jaxcells.data.fields import find_fields
-from jaxcells.data.images import read_image
 from jaxcells.data.objects import find_cells, read_labels
 from tests.data.folders import textured, write_image
 
@@ -118,10 +117,8 @@ def test_a_crop_is_a_cell(tmp_path, write_field):
     crop_set = prepare_crop_set(tmp_path / "all", tmp_path / "images", SETTINGS)
     assert [sum(r.label == label for r in crop_set.records) for label in "AB"] == [19, 8]
     for record in crop_set.records:
-        mask = read_labels(
-            (tmp_path / "images" / record.source).with_name(f"{record.source[2:4]}_mask.tif"),
-            (100, 120),
-        )
+        image = tmp_path / "images" / record.source
+        mask = read_labels(image.with_name(f"{image.stem}_mask.tif"), (100, 120))
         assert mask[record.y + 16, record.x + 16] > 0
     assert not any("_mask" in record.source for record in crop_set.records)
     assert any("27 cells in 9 images" in note for note in crop_set.notes)
