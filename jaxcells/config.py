@@ -186,8 +186,7 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
 
 def data_source(config: ConfigDict) -> str:
     """Returns "folder" (with a sheet too), "sample" or "tfds:NAME"."""
-    given = config.data.root or config.data.sheet
-    return config.data.source or ("folder" if given else "sample")
+    return config.data.source or ("folder" if config.data.root or config.data.sheet else "sample")
 
 
 def data_seed(config: ConfigDict) -> int:

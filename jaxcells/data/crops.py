@@ -95,10 +95,13 @@ def draw_crops(
     split_of = _split_of_fields(fields, settings)
     if not settings.crop_size:
         return [Crop(field, 0, 0, split_of[field.name]) for field in fields]
-    if settings.crops_per_class == "all":
-        shares = {f.name: len(places[f.name]) if places else _room(f, settings) for f in fields}
-    else:
+    if settings.crops_per_class != "all":
         shares = _shares(fields, split_of, settings)
+    elif places:
+        shares = {field.name: len(places[field.name]) for field in fields}
+    else:
+        size, border = settings.crop_size, settings.border
+        shares = {f.name: num_positions(f.info, size, border, step=size) for f in fields}
 
     def draw(field: Field) -> list[Crop]:
         number, split = shares[field.name], split_of.get(field.name, "")
@@ -123,13 +126,6 @@ def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[st
     split_by = "field" if settings.split_by == "crop" else settings.split_by
     split_of = allot(fields, settings.counts, split_by=split_by, seed=settings.seed)
     return {field.name: split_of[field.group] for field in fields}
-
-
-def _room(field: Field, settings: CropSettings) -> int:
-    """Returns how many crops lie side by side in a field inside its border."""
-    top, right, bottom, left = settings.border
-    rows, columns = field.info.height - top - bottom, field.info.width - left - right
-    return (rows // settings.crop_size) * (columns // settings.crop_size)
 
 
 def _shares(

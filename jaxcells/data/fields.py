@@ -233,10 +233,12 @@ def _room(info: ImageInfo, border: tuple[int, int, int, int]) -> tuple[int, int]
     return info.height - top - bottom, info.width - left - right
 
 
-def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, int]) -> int:
-    """Returns in how many places a square crop fits into an image inside its border."""
-    rows, columns = _room(info, border)
-    return max(rows - crop_size + 1, 0) * max(columns - crop_size + 1, 0)
+def num_positions(
+    info: ImageInfo, crop_size: int, border: tuple[int, int, int, int], step: int = 1
+) -> int:
+    """Returns in how many places, `step` pixels apart, a square crop fits inside the border."""
+    rows, columns = ((side - crop_size) // step + 1 for side in _room(info, border))
+    return max(rows, 0) * max(columns, 0)
 
 
 def image_notes(fields: Sequence[Field]) -> list[str]:

@@ -63,14 +63,14 @@ def find_cells(
     def outline(field: Field) -> tuple[list[tuple[int, int]], int, int]:
         height, width = field.info.height, field.info.width
         labels = read_labels(masks[field.name][0], (height, width))
-        is_binary = len(np.unique(labels)) <= 2
+        is_binary = len(np.unique(labels[labels != 0])) <= 1
         regions = ndimage.label(labels, np.ones((3, 3)))[0] if is_binary else labels
         boxes = [box for box in ndimage.find_objects(regions) if box]
         middle = np.array([[(s.start + s.stop) // 2 for s in box] for box in boxes]).reshape(-1, 2)
         low, high = np.array([top, left]), np.array([height - bottom, width - right])
         middle = middle[((low <= middle) & (middle < high)).all(axis=1)]
         places = np.clip(middle - crop_size // 2, low, high - crop_size).tolist()
-        return sorted({(y, x) for y, x in places}), len(boxes), is_binary
+        return sorted({(y, x) for y, x in places}), len(boxes), is_binary and len(boxes) > 0
 
     results = parallel_map(outline, fields, title="reading masks")
     places = {field.name: found for field, (found, *_) in zip(fields, results, strict=True)}
@@ -78,10 +78,10 @@ def find_cells(
         if not any(places[field.name] for field in fields if field.label == label):
             raise Error(f"data.mask={ending}: the masks of class {label!r} show no cell")
     num_crops, num_cells, num_binary = np.sum([(len(p), n, b) for p, n, b in results], axis=0)
+    touching = f"; touching cells count as one in {num_binary} masks of a single value"
     return places, (
         f"data.mask={ending}: {num_cells} cells in {len(fields)} images, {num_crops} with a crop "
-        "of their own (not in the border, nor with another's crop); touching cells count as one "
-        f"in the {num_binary} masks of a single value"
+        f"of their own (not in the border, nor with another's crop){touching * (num_binary > 0)}"
     )
 
 

@@ -46,7 +46,7 @@ def cells(tmp_path, border=NO_BORDER):
     return find_cells(fields, "_mask", 32, border)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32", "int64"])
 def test_crops_have_their_cells_in_the_middle(tmp_path, write_field, dtype):
     centres = [(50, 60), (30, 20), (3, 117)]
     write_field("A/f", squares(centres, dtype=dtype), ".tif")
@@ -56,6 +56,7 @@ def test_crops_have_their_cells_in_the_middle(tmp_path, write_field, dtype):
     assert places["A/f.png"] == sorted([(50 - 16, 60 - 16), (30 - 16, 20 - 16), (0, 120 - 32)])
     assert places["B/f.png"] == [(34, 44)]
     assert note.startswith("data.mask=_mask: 4 cells in 2 images, 4 with a crop of their own")
+    assert "touching" in note  # B has a single cell, which might be many
 
 
 def test_with_one_value_connected_regions_are_the_cells(tmp_path, write_field):
@@ -64,7 +65,13 @@ def test_with_one_value_connected_regions_are_the_cells(tmp_path, write_field):
     write_field("B/f", np.where(mask, 255, 0).astype(np.uint8))
     places, note = cells(tmp_path)
     assert places["A/f.png"] == places["B/f.png"] == [(4, 4), (49, 49)]
-    assert "touching cells count as one in the 2 masks of a single value" in note
+    # Two cells that leave no background are labels.
+    full = np.repeat([[1], [2]], 50, axis=0).repeat(120, axis=1).astype(np.uint8)
+    write_field("B/g", full)
+    write_field("B/h", full > 2)
+    places, note = cells(tmp_path)
+    assert (places["B/g.png"], places["B/h.png"]) == ([(9, 44), (59, 44)], [])
+    assert "touching cells count as one in 2 masks of a single value" in note
 
 
 def test_the_border_is_kept_and_equal_crops_are_one(tmp_path, write_field):
