@@ -81,7 +81,7 @@ def find_cells(
     touching = f"; touching cells count as one in {num_binary} masks of a single value"
     return places, (
         f"data.mask={ending}: {num_cells} cells in {len(fields)} images, {num_crops} with a crop "
-        f"of their own (not in the border, nor with another's crop){touching * (num_binary > 0)}"
+        f"of their own (not in the border, nor with another's crop){touching * bool(num_binary)}"
     )
 
 

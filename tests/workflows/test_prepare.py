@@ -42,6 +42,10 @@ def test_check_verifies_and_shows_the_crops(config, workdir, caplog, monkeypatch
     prepare.check(config, workdir)
     assert workdir.figure("crops").stat().st_size > 1000
     assert "audit passed" in caplog.text
+    assert (
+        "few independent fields in train (A 3, B 3): crops of one field are alike, so what is"
+        in (caplog.text)
+    )
     data = prepare.prepare_data(config, workdir)
     assert [len(split.labels) for split in data.arrays.values()] == [12, 4, 4]
     assert data.seconds > 0
