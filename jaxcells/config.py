@@ -36,6 +36,7 @@ def _is_expression(text: object) -> bool:
 
 
 _SOURCE = re.compile(r"|folder|sample|tfds:.+")
+_SHEET = re.compile(r"|.+\.[ct]sv", re.IGNORECASE)
 _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "init": (
         lambda x: x in ("imagenet", "random") or (x and Path(x).expanduser().exists()),
@@ -50,6 +51,8 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "data.seed": (lambda x: -1 <= x < 2**32, f"from 0 to {2**32 - 1}, or -1 for that of the run"),
     "model.width": (lambda x: 1 <= x <= 1024, "from 1 to 1024"),
     "data.source": (_SOURCE.fullmatch, "folder, sample, tfds:NAME or empty"),
+    "data.sheet": (_SHEET.fullmatch, "a .csv or .tsv file (save a spreadsheet as CSV in UTF-8)"),
+    "data.crops_per_class": (lambda x: x == "all" or str(x).isdecimal(), "a whole number or all"),
     "data.crop_size": (lambda x: x == 0 or x >= 32, "32 or more, or 0 to use images whole"),
     "data.split": (
         lambda x: len(x) == 3 and all(isinstance(n, int) and n >= 1 for n in x),
@@ -162,9 +165,14 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
             yield str(error)
     if config.init == "imagenet" and model.width != 64:
         yield f"model.width={model.width} does not fit init=imagenet, whose width is 64"
+    if data.sheet and (data.root or data.source):
+        yield "data.sheet says where the images are; leave data.root and data.source empty"
+    if data.mask and (data.min_foreground or not data.crop_size):
+        yield "data.mask centres crops on cells: set data.crop_size, and data.min_foreground=0"
     if data.source == "folder" and not data.root:
         yield "data.source='folder' needs a folder; set data.root=FOLDER"
-    if data.crop_size and "data.split" not in wrong and sum(data.split) != data.crops_per_class:
+    unclear = data.crops_per_class == "all" or {"data.split", "data.crops_per_class"} & wrong
+    if data.crop_size and not unclear and sum(data.split) != data.crops_per_class:
         held_out = max(1, round(data.crops_per_class * 100 / 954))
         suggestion = f"{data.crops_per_class - 2 * held_out},{held_out},{held_out}"
         yield (
@@ -181,8 +189,8 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
 
 
 def data_source(config: ConfigDict) -> str:
-    """Returns "folder", "sample" or "tfds:NAME"."""
-    return config.data.source or ("folder" if config.data.root else "sample")
+    """Returns "folder" (with a sheet too), "sample" or "tfds:NAME"."""
+    return config.data.source or ("folder" if config.data.root or config.data.sheet else "sample")
 
 
 def data_seed(config: ConfigDict) -> int:
@@ -273,13 +281,14 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
         own = flatten(load_config(path if path.is_file() else find_config(name)))
         changes = {key: value for key, value in own.items() if value != default.get(key)}
         changes["model.name"] = own["model.name"]  # whatever the comparison's own is
-        for key, value in changes.items():
+        for key, value in list(changes.items()):
             of_crops = key.startswith("data.") and not re.match(r"data\.(augment|normalize)", key)
             if of_crops and value != shared.get(key):
                 mistakes.append(
                     f"{name}: {key}={value!r} would need other crops than the comparison's "
                     f"{shared.get(key)!r}; set it in the config of the comparison"
                 )
+                del changes[key]  # it may be of another type
         for seed in seeds:
             config = base.copy_and_resolve_references()
             config.update_from_flattened_dict(changes)
@@ -297,10 +306,12 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns the keys in which two configs differ, with both values.
 
-    `data.root` is left out: a folder may move, and its images are compared with the crop set.
+    `data.root` and `data.sheet` are left out: a folder may move, and its images are compared with
+    the crop set.
     """
     before, after = flatten(old), flatten(new)
-    before["data.root"] = after["data.root"] = ""
+    for values in (before, after):
+        values["data.root"] = values["data.sheet"] = ""
     return [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

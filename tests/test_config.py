@@ -167,3 +167,25 @@ def test_stored_configs_compare_by_key(tmp_path):
         "seed was 0, now 1",
         "train.num_epochs was 3, now 4",
     ]
+
+
+def test_all_crops_need_no_sum_and_other_words_are_mistakes():
+    validate(changed(data__crops_per_class="all"))
+    validate(changed(data__crops_per_class=60, data__split=(40, 10, 10)))
+    for value in ("most", -3, 9.5, True):
+        with pytest.raises(Error, match=r"data\.crops_per_class=.* must be a whole number or all"):
+            validate(changed(data__crops_per_class=value))
+
+
+def test_a_sheet_is_in_place_of_a_folder_and_masks_of_random_crops():
+    validate(changed(data__sheet="labels.CSV", data__mask="_mask"))
+    assert data_source(changed(data__sheet="labels.tsv")) == "folder"
+    with pytest.raises(Error, match=r"data\.sheet='a\.xlsx' must be a \.csv or \.tsv file"):
+        validate(changed(data__sheet="a.xlsx"))
+    for values in ({"data__root": "images"}, {"data__source": "sample"}):
+        with pytest.raises(Error, match=r"leave data\.root and data\.source empty"):
+            validate(changed(data__sheet="a.csv", **values))
+    for values in ({"data__crop_size": 0}, {"data__min_foreground": 0.1}):
+        with pytest.raises(Error, match=r"data\.mask centres crops on cells"):
+            validate(changed(data__mask="_mask", **values))
+    assert differences(changed(data__sheet="a.csv"), changed(data__root="b")) == []

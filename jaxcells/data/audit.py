@@ -126,12 +126,14 @@ def audit_crops(
             f"{len(flat)} of {len(records)} crops are nearly constant, such as {min(flat)}; "
             f"a data.min_foreground above {crop_set.settings.min_foreground:g} redraws empty crops"
         )
-    for split in ("val", "test"):
+    for split in SPLITS:
         fields = {name: count["fields"] for name, count in counts[split].items()}
         if few := [f"{name} {number}" for name, number in fields.items() if number < _FEW_FIELDS]:
+            rests = "what is learnt of these classes rests on so many"
+            trust = rests if split == "train" else "its intervals are wide or cannot be trusted"
             warnings.append(
                 f"few independent fields in {split} ({some(few)}): crops of one field are "
-                "alike, so its intervals are wide or cannot be trusted"
+                f"alike, so {trust}"
             )
     crops = {name: count["crops"] for name, count in counts["train"].items()}
     most, least = max(crops, key=crops.__getitem__), min(crops, key=crops.__getitem__)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxcells.data.fields import SPLITS, Field, num_positions
 from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image
+from jaxcells.data.objects import Places
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
 from jaxcells.data.splits import allot
@@ -23,26 +24,30 @@ class CropSettings:
     Attributes:
       seed: of the positions and the split.
       crop_size: side of a crop in pixels; 0: every image is one crop.
-      crops_per_class: how many crops a class gives; the sum of `split`.
-      split: exact number of crops per class in (train, val, test), each 1 or more; where images are
-        used whole, their ratio.
+      crops_per_class: how many crops a class gives, the sum of `split`; or "all": as many as would
+        lie side by side in its fields, or as its masks have cells.
+      split: exact number of crops per class in (train, val, test), each 1 or more; with "all" or
+        images used whole, their ratio.
       split_by: "field", "channel", "crop" or a regular expression, see `with_groups`. "crop" draws
         first and splits the crops at random, as the reference study did.
       border: pixels left out at the (top, right, bottom, left), such as a burnt-in scale bar.
       min_foreground: crops with a smaller fraction of foreground are redrawn, see `foreground`.
       plane: which plane of a stack to read, see `read_image`.
       exclude: regular expression of images to leave out, see `find_fields`.
+      mask: ending of the names of masks, on whose cells crops are then centred, see `find_cells`. A
+        field gives no more crops than it has cells, so that a class may give fewer than asked for.
     """
 
     seed: int
     crop_size: int
-    crops_per_class: int
+    crops_per_class: int | str
     split: tuple[int, int, int]
     split_by: str = "field"
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
     min_foreground: float = 0.0
     plane: str = ""
     exclude: str = ""
+    mask: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -67,17 +72,21 @@ class Crop:
     split: str
 
 
-def draw_crops(fields: Sequence[Field], settings: CropSettings) -> list[Crop]:
+def draw_crops(
+    fields: Sequence[Field], settings: CropSettings, places: Places | None = None
+) -> list[Crop]:
     """Draws crops at random through the channels of every class.
 
     In each split every channel of a class gives an equal share (to within one crop), and every
-    field within a channel likewise. Positions are uniform over a field and distinct. The positions
-    in a field follow from (seed, class, field name) alone: neither the order of listing nor other
-    classes change them, and a larger share begins with the same positions.
+    field within a channel likewise; with "all", as many as it has room for. Positions are distinct,
+    and uniform over a field or over its cells. The positions in a field follow from (seed, class,
+    field name) alone: neither the order of listing nor other classes change them, and a larger
+    share begins with the same positions.
 
     Args:
       fields: usable fields with groups set (`usable_fields`, `with_groups`).
       settings: how many crops of what size, and how they are split.
+      places: where crops may lie, see `find_cells`; None: anywhere inside the border.
 
     Raises:
       Error: too few groups for the policy, too few distinct positions, or too little foreground.
@@ -86,11 +95,22 @@ def draw_crops(fields: Sequence[Field], settings: CropSettings) -> list[Crop]:
     split_of = _split_of_fields(fields, settings)
     if not settings.crop_size:
         return [Crop(field, 0, 0, split_of[field.name]) for field in fields]
-    shares = _shares(fields, split_of, settings)
+    if settings.crops_per_class != "all":
+        shares = _shares(fields, split_of, settings)
+    elif places:
+        shares = {field.name: len(places[field.name]) for field in fields}
+    else:
+        size, border = settings.crop_size, settings.border
+        shares = {f.name: num_positions(f.info, size, border, step=size) for f in fields}
 
     def draw(field: Field) -> list[Crop]:
-        places = _positions(field, shares[field.name], settings)
-        return [Crop(field, y, x, split_of.get(field.name, "")) for y, x in places]
+        number, split = shares[field.name], split_of.get(field.name, "")
+        if places:
+            rng = named_generator(settings.seed, "cells", field.label, field.name)
+            found = rng.permutation(places[field.name])[:number].tolist()
+        else:
+            found = _positions(field, number, settings)
+        return [Crop(field, y, x, split) for y, x in found]
 
     crops = [c for drawn in parallel_map(draw, fields, title="drawing crops") for c in drawn]
     return crops if split_of else _split_at_random(crops, settings)
@@ -153,8 +173,8 @@ def _positions(field: Field, number: int, settings: CropSettings) -> list[tuple[
         raise Error(
             f"{field.path}: {number} crops of {size}x{size} are to come from this image of "
             f"{field.info.height}x{field.info.width}, and only {capacity} distinct ones fit; lower "
-            "data.crops_per_class (and data.split) or data.crop_size, or add images to class "
-            f"{field.label!r}"
+            "data.crops_per_class (and data.split) or data.crop_size, add images to class "
+            f"{field.label!r}, or set data.crops_per_class=all to take no more than its images hold"
         )
     columns = field.info.width - left - right - size + 1
     rng = named_generator(settings.seed, "positions", field.label, field.name)
@@ -194,12 +214,13 @@ def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:
 
 
 def _split_at_random(crops: Sequence[Crop], settings: CropSettings) -> list[Crop]:
-    """Gives each crop a split of its own, in exact numbers per class."""
+    """Gives each crop a split of its own: exact numbers per class, or in that ratio."""
     split_crops = []
     for label in sorted({crop.field.label for crop in crops}):
         of_class = [crop for crop in crops if crop.field.label == label]
         rng = named_generator(settings.seed, "split", label)
-        splits = rng.permutation(np.repeat(SPLITS, settings.split)).tolist()
+        places = np.arange(len(of_class)) * sum(settings.split) // len(of_class)
+        splits = rng.permutation(np.repeat(SPLITS, settings.split)[places]).tolist()
         for crop, split in zip(of_class, splits, strict=True):
             split_crops.append(dataclasses.replace(crop, split=split))
     return split_crops

@@ -23,7 +23,9 @@ logger = logging.getLogger("jaxcells")
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
-_SPLIT_OF = {name: names[0] for names in _SPLIT_NAMES for name in names}
+SPLIT_OF = {name: names[0] for names in _SPLIT_NAMES for name in names}
+"""The split that a name in lower case means."""
+
 _SHEETS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 
 
@@ -51,7 +53,9 @@ class Field:
     split: str | None = None
 
 
-def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str = "") -> list[Field]:
+def find_fields(
+    root: str | os.PathLike[str], *, plane: str = "", exclude: str = "", mask: str = ""
+) -> list[Field]:
     """Returns every image under `root`, sorted by name.
 
     Hidden files and files that are no images are left out; the log says how many.
@@ -61,6 +65,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
       plane: which plane of a stack to read, see `read_image`.
       exclude: regular expression; files in whose path below `root` it is found are left out, and a
         class of which nothing remains. Empty: none.
+      mask: ending of the names of masks, see `objects`, which are left out. Empty: there are none.
 
     Raises:
       Error: no such folder, no images, one class, an empty class, a format that is not read, or
@@ -69,6 +74,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
     root = Path(root).expanduser()
     folders = class_folders(root)
     files = [(c, path) for c in folders for path in _files_below(c.path, set())]
+    files = [(c, path) for c, path in files if not (mask and path.stem.endswith(mask))]
     try:
         wanted = [f for f in files if not (exclude and re.search(exclude, _below(root, f[1])))]
     except re.error as error:
@@ -127,7 +133,7 @@ def class_folders(root: Path) -> list[ClassFolder]:
             f"{root}: no class folders found; put the images of each cell line into a folder "
             f"of its own{_sheet_hint(root)}"
         )
-    splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
+    splits = {name: SPLIT_OF[name.lower()] for name in folders if name.lower() in SPLIT_OF}
     if len(set(splits.values())) < 2:
         return [ClassFolder(None, label, root / label) for label in folders]
     if len(folders) != len({*splits.values()}) or not {"train", "test"} <= {*splits.values()}:
@@ -172,7 +178,8 @@ def _sheet_hint(root: Path) -> str:
     for path in root.iterdir():
         if path.suffix.lower() in _SHEETS and not is_hidden(path):
             return (
-                f"; labels in sheets such as {path.name} are not read yet: make a folder per class"
+                f"; to take the classes from {path.name}, save it as CSV with the columns path and "
+                "class and set data.sheet=FILE"
             )
     return ""
 
@@ -235,10 +242,12 @@ def _room(info: ImageInfo, border: tuple[int, int, int, int]) -> tuple[int, int]
     return info.height - top - bottom, info.width - left - right
 
 
-def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, int]) -> int:
-    """Returns in how many places a square crop fits into an image inside its border."""
-    rows, columns = _room(info, border)
-    return max(rows - crop_size + 1, 0) * max(columns - crop_size + 1, 0)
+def num_positions(
+    info: ImageInfo, crop_size: int, border: tuple[int, int, int, int], step: int = 1
+) -> int:
+    """Returns in how many places, `step` pixels apart, a square crop fits inside the border."""
+    rows, columns = ((side - crop_size) // step + 1 for side in _room(info, border))
+    return max(rows, 0) * max(columns, 0)
 
 
 def image_notes(fields: Sequence[Field]) -> list[str]:

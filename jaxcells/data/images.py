@@ -152,13 +152,20 @@ def write_crop(path: str | os.PathLike[str], pixels: np.ndarray) -> Path:
 def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
     """Open an image; what is wrong with the file, here or while it is open, is an ImageError."""
     chosen = parse_plane(plane)
+    with opened(path) as file:
+        yield _open_format(file, Path(path).suffix.lower(), chosen)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file to decode; what is wrong with it, here or while it is open, is an ImageError."""
     name = os.fspath(path)
     try:
         # Opening a named pipe would wait for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("is a folder or a device, not an image file")
         with open(path, "rb") as file, quiet():
-            yield _open_format(file, Path(name).suffix.lower(), chosen)
+            yield file
     except Exception as error:
         if isinstance(error, Refused):
             reason = str(error)

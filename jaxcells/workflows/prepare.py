@@ -97,7 +97,7 @@ def prepare_crops(config: ConfigDict, workdir: Workdir) -> CropSet:
       Error: anything wrong with the images or settings.
     """
     check_place(config, workdir)
-    source, root = data_source(config), config.data.root
+    source, root = data_source(config), config.data.root or config.data.sheet
     if source == "sample":
         root = workdir.sample
         logger.info("data.root is not set: using the built-in sample of simulated cells, %s", root)
@@ -117,13 +117,18 @@ def crop_settings(config: ConfigDict) -> CropSettings:
 def check_place(config: ConfigDict, workdir: Workdir) -> None:
     """Refuses a workdir inside the image folder, where it would be taken for a class.
 
+    Beside a sheet there may be workdirs, but its folder is none itself.
+
     To be called before anything is made in the workdir, its lock included.
 
     Raises:
       Error: the workdir is the image folder, or below it.
     """
     images, folder = Path(config.data.root).expanduser().resolve(), workdir.path.resolve()
-    if data_source(config) == "folder" and (folder == images or images in folder.parents):
+    if config.data.sheet and folder == Path(config.data.sheet).expanduser().resolve().parent:
+        raise Error(f"{workdir} is the folder of {config.data.sheet}; choose a workdir of its own")
+    is_folder = data_source(config) == "folder" and not config.data.sheet
+    if is_folder and (folder == images or images in folder.parents):
         raise Error(
             f"{workdir} lies in the image folder {config.data.root}, whose sub-folders are "
             "classes; choose a workdir outside"

@@ -100,6 +100,21 @@ def test_too_few_positions_say_how_many_fit():
         draw(make_fields({"A": 5, "B": 5}, size=(202, 204)))
 
 
+@pytest.mark.parametrize("split_by", ["field", "crop"])
+def test_all_takes_what_lies_side_by_side(split_by):
+    fields = make_fields({"A/1": 10, "A/2": 5}, size=(450, 610)) + make_fields({"B": 4})
+    crops = draw(fields, crops_per_class="all", split_by=split_by, border=(20, 0, 20, 0))
+    per_field = collections.Counter(c.field.name for c in crops)
+    # 410x610 pixels hold 2x3 crops of 200x200, and 260x400 hold 1x2.
+    assert per_field == {f.name: 6 if f.label == "A" else 2 for f in fields}
+    assert len({(c.field.name, c.y, c.x) for c in crops}) == len(crops) == 98
+    counts = collections.Counter((c.field.label, c.split) for c in crops)
+    if split_by == "crop":  # in the ratio 754:100:100
+        assert [counts["A", split] for split in SPLITS] == [72, 9, 9]
+    else:  # whole fields
+        assert all(counts["A", split] % 6 == 0 for split in SPLITS)
+
+
 def test_split_by_crop_shares_fields_and_keeps_exact_counts():
     fields = make_fields({"A": 2, "B": 2})
     crops = draw(fields, split_by="crop")

@@ -90,8 +90,11 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
         ({"A": 2, "B": 0}, r"no images in B \(images per class: A: 2\)"),
         ({"A": 0, "B": 0}, r"no images in A, B .*none.*\.png"),
         ({".": 2}, "no class folders found; put the images of each cell line into a folder"),
-        ({".": 2, "labels.csv": 0}, "sheets such as labels.csv are not read yet"),
-        ({"images": 2, "labels.xlsx": 0}, "sheets such as labels.xlsx are not read yet"),
+        (
+            {".": 2, "labels.csv": 0},
+            "take the classes from labels.csv, save it as CSV .* set data.sheet=FILE",
+        ),
+        ({"images": 2, "labels.xlsx": 0}, "classes from labels.xlsx, save it as CSV with"),
         ({"one/A": 1, "one/B": 2}, r"one holds 2 folders of images \(A, B\).*data\.root=.*/one$"),
         ({"one/x/A": 1, "one/x/B": 2}, r"'one'; .*one/x holds 2 folders.*data\.root=.*/one/x$"),
         ({"one/A": 1, "one": 1}, "'one' with 2 images; a classifier needs two or more"),
