@@ -208,10 +208,15 @@ def _subset(name: str, rows: npt.NDArray[np.bool_], tested: Predictions, split: 
 
 def _baseline(name: str, tested: Predictions, split: Split) -> Baseline:
     classes = tested.baselines[name][None]
-    own, difference = estimate(classes, split), paired_difference(tested.predicted[None], classes, split)
+    own, difference = (
+        estimate(classes, split),
+        paired_difference(tested.predicted[None], classes, split),
+    )
     low, _ = difference.interval_95["balanced_accuracy"]
     beaten = low is not None and low > 0
-    return Baseline(BASELINES[name], own.accuracy, own.balanced_accuracy, own.interval_95, difference, beaten)
+    return Baseline(
+        BASELINES[name], own.accuracy, own.balanced_accuracy, own.interval_95, difference, beaten
+    )
 
 
 def _clusters(tested: Predictions, seed: int) -> Clusters | None:
