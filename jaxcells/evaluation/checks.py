@@ -19,6 +19,8 @@ _WIDE = 0.2  # interval of the accuracy, from end to end
 _CALIBRATED, _MISLEADING = 0.05, 0.10
 _MANY_UNKNOWN = 0.15  # where 0.05 is what the threshold asks for
 _RISEN = 1.2  # the last validation loss as a multiple of the lowest
+_MORE = "take more images, or test each of them in turn by cross-validation"
+_WHOLE = "expect less of new images; split whole ones: data.split_by=field"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,15 @@ def run_checks(
 
 def _independence(evidence: Evidence, split_by: str) -> _Found:
     if split_by == "crop":
-        reason = "crops of one image stand in training and in test: no field is independent"
-        return "bad", reason, "split whole images: data.split_by=field"
+        return (
+            "bad",
+            "crops of one image stand in training and in test: none is independent",
+            _WHOLE,
+        )
     number, name = min((number, name) for name, number in evidence.units.items() if number)
     reason = f"{name!r} is tested on {counted(number, 'independent field')}, no class on fewer"
     if number < _FEW_FIELDS:
-        advice = "take more images, or test each of them in turn by cross-validation"
-        return ("bad" if number == 1 else "look"), reason, advice
+        return ("bad" if number == 1 else "look"), reason, _MORE
     advice = "fields of one slide, day or patient are not independent: name it by data.split_by"
     return "good", reason, advice
 
@@ -89,7 +93,7 @@ def _leaks(audit: Audit, split_by: str) -> _Found:
     if split_by == "crop":
         shared = f"{audit.shared_pixels['test']:.1%}"
         reason = f"training shows other crops of the tested images, with {shared} of their pixels"
-        return "bad", reason, "expect less of new images; split whole ones: data.split_by=field"
+        return "bad", reason, _WHOLE
     advice = "copies that were resized or compressed again go unnoticed: leave such out yourself"
     return "good", "no image, and no exact copy of one, stands in two splits", advice
 
@@ -97,76 +101,58 @@ def _leaks(audit: Audit, split_by: str) -> _Found:
 def _shortcuts(evidence: Evidence, audit: Audit) -> _Found:
     bad = [warning for warning in audit.warnings if "confounded" in warning]
     look = [warning for warning in audit.warnings if "shortcut" in warning]
-    clear = []  # what was measured and is none
+    clear = []  # measured, and none
     for subset in evidence.subsets["foreground"]:
         interval = subset.balanced_accuracy.interval_95
         if subset.name == "empty" and interval[0] is not None:
-            few = " (few fields)" if subset.interval_note else ""
             text = (
-                f"balanced accuracy on the {subset.num_crops} crops that show no cells is "
-                f"{subset.balanced_accuracy.value:.2f} ({_between(interval)}), guessing reaches "
-                f"{subset.chance:.2f}{few}"
+                f"balanced accuracy on {subset.num_crops} crops that show no cells is "
+                f"{_figure(subset.balanced_accuracy.value, interval)}, guessing {subset.chance:.2f}"
             )
             if interval[0] <= subset.chance:
                 clear.append(text)
             else:
-                reads = "the network also reads background, lamp or dish"
-                (look if few else bad).append(f"{reads}: {text}")
-    background, chance = evidence.baselines.get("background"), _chance(evidence)
-    if background and background.interval_95["balanced_accuracy"][0] is not None:
-        interval = background.interval_95["balanced_accuracy"]
-        text = (
-            f"{background.description} give a balanced accuracy of "
-            f"{background.balanced_accuracy:.2f} ({_between(interval)}), guessing {chance:.2f}"
-        )
-        (look if interval[0] > chance else clear).append(text)
-    clusters = evidence.clusters
+                text += ": the network reads background, lamp or dish"
+                (look if subset.interval_note else bad).append(text)
+    background, clusters = evidence.baselines.get("background"), evidence.clusters
+    if background and (interval := background.interval_95["balanced_accuracy"])[0] is not None:
+        figure = _figure(background.balanced_accuracy, interval)
+        text = f"{background.description} give {figure}, guessing {_chance(evidence):.2f}"
+        (look if interval[0] > _chance(evidence) else clear).append(text)
     if clusters and clusters.by_field > max(0, clusters.by_class):
-        look.append(
-            "in the network's features crops lie by field more than by class (silhouettes "
-            f"{clusters.by_field:.2f} and {clusters.by_class:.2f})"
-        )
+        figures = f"{clusters.by_field:.2f} against {clusters.by_class:.2f}"
+        look.append(f"the network groups crops by field more than by class (silhouette {figures})")
     if bad or look:
         advice = "test on images of another day, dish or microscope before you believe the figures"
         return ("bad" if bad else "look"), "; ".join(bad + look), advice
-    if clear:
-        advice = "this rules out some shortcuts, not all: images of another day are the better test"
-        return "good", "; ".join(clear), advice
-    reason = "too few fields, or no crops without cells, to look for shortcuts"
-    return "unmeasured", reason, "take more images, also of places without cells"
+    if not clear:
+        return "unmeasured", "too few fields with places without cells to look for any", _MORE
+    advice = "this rules out some shortcuts, not all: images of another day are the better test"
+    return "good", "; ".join(clear), advice
 
 
 def _baselines(evidence: Evidence) -> _Found:
-    if not evidence.baselines:
-        return "unmeasured", "no baseline was computed for these crops", "train again"
     best = max(evidence.baselines.values(), key=lambda baseline: baseline.balanced_accuracy)
-    gain = best.difference
+    gain, interval = best.difference.balanced_accuracy, best.difference.interval_95
     if evidence.unbeaten:
-        advice = "the figures do not show that the network looks at cells; take more, varied images"
-        unknown = gain.interval_95["balanced_accuracy"][0] is None and gain.balanced_accuracy > 0
-        return ("unmeasured" if unknown else "bad"), evidence.unbeaten, advice
-    reason = (
-        f"balanced accuracy is {gain.balanced_accuracy:.2f} "
-        f"({_between(gain.interval_95['balanced_accuracy'])}) above that of the best baseline, "
-        f"{best.description}"
-    )
-    if gain.interval_note:
-        return "look", f"{reason}; {gain.interval_note}", "take more images, or cross-validate"
-    return "good", reason, "report this baseline beside the network"
+        unknown = interval["balanced_accuracy"][0] is None and gain > 0
+        return ("unmeasured" if unknown else "bad"), evidence.unbeaten, _MORE
+    figure = _figure(gain, interval["balanced_accuracy"])
+    reason = f"balanced accuracy is {figure} above that of the best, {best.description}"
+    if best.difference.interval_note:
+        return "look", f"{reason}; {best.difference.interval_note}", _MORE
+    return "good", reason, "report it beside the network"
 
 
 def _calibration(evidence: Evidence) -> _Found:
     error = evidence.reliability.ece_calibrated
-    low, high = error.interval_95
+    low = error.interval_95[0]
     if error.value is None or low is None:
-        return "unmeasured", "too few independent fields to measure it", "take more images"
-    reason = (
-        f"calibrated probabilities are off by {100 * error.value:.0f} percentage points on average "
-        f"({100 * low:.0f} to {100 * high:.0f})"
-    )
+        return "unmeasured", "too few independent fields to measure it", _MORE
+    reason = f"stated probabilities are off by {_figure(error.value, error.interval_95)} on average"
     if error.value <= _CALIBRATED:
         return "good", reason, "use the calibrated probabilities, not the raw ones"
-    advice = "do not take a probability at its word; more validation images mend this best"
+    advice = "do not take probabilities at their word; more validation images mend this best"
     return ("bad" if low > _MISLEADING else "look"), reason, advice
 
 
@@ -174,43 +160,39 @@ def _convergence(curves: Sequence[Mapping[str, Any]], chance: float) -> _Found:
     val = [record for record in curves if record["split"] == "val"]
     if len(val) < 2:
         return "unmeasured", "no curves of a single training", "see the runs behind these figures"
-    before, last = val[:-1], val[-1]
-    lowest = min(record["loss"] for record in val)
     best = max(val, key=lambda r: (r["balanced_accuracy"], -r["loss"], r["step"]))
+    lowest, last = min(record["loss"] for record in val), val[-1]
     reason = f"validation was best in epoch {best['epoch']} of {last['epoch']}"
     if best["balanced_accuracy"] <= chance:
-        advice = "try another learning rate (optim.learning_rate) or more epochs (train.num_epochs)"
+        advice = "try another optim.learning_rate, or more epochs (train.num_epochs)"
         return "bad", "on validation the network was never better than guessing", advice
-    if last["balanced_accuracy"] > max(record["balanced_accuracy"] for record in before):
-        first, second = [r["loss"] for r in curves if r["split"] == "train"][-2:]
-        falls = f", and the training loss still fell ({first:.3g} to {second:.3g})"
-        reason += falls if second < first else ""
+    if last["balanced_accuracy"] > max(record["balanced_accuracy"] for record in val[:-1]):
+        before, after = [r["loss"] for r in curves if r["split"] == "train"][-2:]
+        reason += f"; training loss went from {before:.3g} to {after:.3g} in it"
         return "look", reason, "train longer (train.num_epochs): it may gain more"
     if last["loss"] > _RISEN * lowest:
-        reason += f"; its loss rose again, from {lowest:.3g} to {last['loss']:.3g}: overfitting"
+        reason += f"; its loss rose from {lowest:.3g} to {last['loss']:.3g}: overfitting"
         return "look", reason, "the best epoch was used; more images or augmentation help"
     return "good", reason, "nothing to do"
 
 
 def _amounts(test: SplitMetrics, audit: Audit) -> _Found:
-    crops = {name: count["crops"] for name, count in audit.counts["train"].items()}
-    rarest = min(crops, key=crops.__getitem__)
+    crops, name = min((count["crops"], name) for name, count in audit.counts["train"].items())
     low, high = test.interval_95["accuracy"]
-    reason = f"{rarest!r} has {counted(crops[rarest], 'training crop')}, no class has fewer"
+    reason = f"{name!r} has {counted(crops, 'training crop')}, no class has fewer"
     if low is not None and high is not None:
         reason += f"; the accuracy is known to {100 * (high - low):.0f} percentage points"
-        if crops[rarest] >= _FEW_CROPS and high - low <= _WIDE:
+        if crops >= _FEW_CROPS and high - low <= _WIDE:
             return "good", reason, "nothing to do"
-    return "look", reason, "take more images; more crops of the same images help less"
+    return "look", reason, _MORE
 
 
 def _unknowns(evidence: Evidence) -> _Found:
     share = evidence.unknown_share
     reason = f"{share:.0%} of the test crops are called unknown, where 5 % are meant to be"
     if share > _MANY_UNKNOWN:
-        advice = "the tested images differ from those of training and validation: look at them"
-        return "look", reason, advice
-    reason += "; whether other cells are noticed was not measured: every crop is of a known class"
+        return "look", reason, "test images differ from those of training and validation: look why"
+    reason += "; whether cells of other kinds are noticed cannot be told without any"
     return "unmeasured", reason, "predict images of cells that the network does not know, and see"
 
 
@@ -219,6 +201,6 @@ def _chance(evidence: Evidence) -> float:
     return 1 / sum(number > 0 for number in evidence.units.values())
 
 
-def _between(interval: Interval) -> str:
-    low, high = interval
-    return "no interval" if low is None else f"{low:.2f} to {high:.2f}"
+def _figure(value: float | None, interval: Interval) -> str:
+    """0.91 (0.85 to 0.95)."""
+    return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"

@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples
 
 from jaxcells.evaluation.baseline import BASELINES
 from jaxcells.evaluation.calibration import Reliability, reliability
 from jaxcells.evaluation.comparison import Estimate, estimate, paired_difference
-from jaxcells.evaluation.metrics import Interval, Score, Split, SplitMetrics, field_metrics
+from jaxcells.evaluation.metrics import Score, Split, SplitMetrics, field_metrics
 from jaxcells.evaluation.predictions import Predictions
 
 # Foreground fractions up to which a crop counts as "empty" and as showing "little"; see
@@ -46,24 +45,18 @@ class Subset:
     interval_note: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Baseline:
-    """How a classifier does that sees far less than the network, on the same crops.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Baseline(Estimate):
+    """How accurate a classifier is that sees far less than the network, on the same crops.
 
     Attributes:
       description: what it sees, see `baseline_predictions`.
-      accuracy: share of crops classified rightly.
-      balanced_accuracy: mean recall of the classes.
-      interval_95: of both.
-      difference: the network's less these, with paired intervals.
+      difference: how much more accurate the network is, with paired intervals.
       beaten: whether the interval of the difference of balanced accuracy lies above 0. False where
         a class has a single field: no interval can be given, and nothing is shown.
     """
 
     description: str
-    accuracy: float
-    balanced_accuracy: float
-    interval_95: Mapping[str, Interval]
     difference: Estimate
     beaten: bool
 
@@ -133,16 +126,13 @@ class Evidence:
     @property
     def unbeaten(self) -> str | None:
         """A sentence on the baselines that the network is not shown to beat, if there are any."""
-        parts = []
-        for baseline in self.baselines.values():
-            if not baseline.beaten:
-                low, high = baseline.difference.interval_95["balanced_accuracy"]
-                interval = "no interval" if low is None else f"{low:+.3f} to {high:+.3f}"
-                parts.append(
-                    f"{baseline.description} (balanced accuracy {baseline.balanced_accuracy:.3f}; "
-                    f"network {baseline.difference.balanced_accuracy:+.3f}, {interval})"
-                )
-        return f"the network is not shown to beat {'; nor '.join(parts)}" if parts else None
+        reached = [
+            f"{baseline.description} ({baseline.balanced_accuracy:.3f})"
+            for baseline in self.baselines.values()
+            if not baseline.beaten
+        ]
+        text = f"the network is not shown to beat the balanced accuracy of {' or '.join(reached)}"
+        return text if reached else None
 
 
 def gather_evidence(
@@ -172,50 +162,44 @@ def gather_evidence(
 def _subsets(
     tested: Predictions, split: Split, batches: Sequence[str] | None
 ) -> dict[str, tuple[Subset, ...]]:
-    foreground = np.array([record.foreground for record in tested.records])
+    records, groups = tested.records, tested.groups
+    foreground = np.array([record.foreground for record in records])
     amounts = np.select([foreground <= EMPTY, foreground <= LITTLE], ["empty", "little"], "much")
-    found = {"foreground": amounts}
-    channels = np.array([record.channel for record in tested.records])
-    if len(np.unique(channels)) > 1:
-        found["channel"] = channels
-    # Of one class and channel: images of one place in two channels are one field.
-    places = {(r.group, r.label, r.channel) for r in tested.records}
-    if 1 < len(np.unique(tested.groups)) and len(places) < len(np.unique(tested.sources)):
-        found["group"] = tested.groups
-    if batches is not None and len(set(batches)) > 1:
-        found["batch"] = np.asarray(batches)
+    # Images of one place in several channels are one field.
+    places = {(record.group, record.label, record.channel) for record in records}
+    values = {
+        "channel": np.array([record.channel for record in records]),
+        "group": groups if len(places) < len(set(tested.sources)) else groups[:0],
+        "batch": np.array(batches or []),
+    }
+    values = {key: names for key, names in values.items() if len(set(names)) > 1}
     return {
-        key: tuple(
-            _subset(name, values == name, tested, split) for name in np.unique(values).tolist()
-        )
-        for key, values in found.items()
+        key: tuple(_subset(name, names == name, tested, split) for name in np.unique(names))
+        for key, names in {"foreground": amounts, **values}.items()
     }
 
 
-def _subset(name: str, rows: npt.NDArray[np.bool_], tested: Predictions, split: Split) -> Subset:
-    units = tested.groups[rows]
-    if len(np.unique(units)) == 1:
-        units = tested.sources[rows]
+def _subset(
+    name: np.str_, rows: npt.NDArray[np.bool_], tested: Predictions, split: Split
+) -> Subset:
+    groups, images = tested.groups[rows], tested.sources[rows]
+    units = groups if len(set(groups)) > 1 else images
     part = dataclasses.replace(split, labels=split.labels[rows], groups=units)
     found = estimate(tested.predicted[None, rows], part)
-    scores = [
-        Score(getattr(found, key), found.interval_95[key])
-        for key in ("accuracy", "balanced_accuracy")
-    ]
-    counts = int(rows.sum()), len(np.unique(units))
-    return Subset(name, *counts, *scores, 1 / len(np.unique(part.labels)), found.interval_note)
+    scores = [Score(getattr(found, key), interval) for key, interval in found.interval_95.items()]
+    counts, chance = (int(rows.sum()), len(set(units))), 1 / len(set(part.labels))
+    return Subset(str(name), *counts, *scores, chance, found.interval_note)
 
 
 def _baseline(name: str, tested: Predictions, split: Split) -> Baseline:
     classes = tested.baselines[name][None]
-    own, difference = (
-        estimate(classes, split),
-        paired_difference(tested.predicted[None], classes, split),
-    )
+    difference = paired_difference(tested.predicted[None], classes, split)
     low, _ = difference.interval_95["balanced_accuracy"]
-    beaten = low is not None and low > 0
     return Baseline(
-        BASELINES[name], own.accuracy, own.balanced_accuracy, own.interval_95, difference, beaten
+        **vars(estimate(classes, split)),
+        description=BASELINES[name],
+        difference=difference,
+        beaten=low is not None and low > 0,
     )
 
 
@@ -224,39 +208,25 @@ def _clusters(tested: Predictions, seed: int) -> Clusters | None:
         return None
     rows = np.random.default_rng(seed).permutation(len(tested.labels))[:_MOST_CLUSTERED]
     features, labels, fields = tested.features[rows], tested.labels[rows], tested.sources[rows]
-    by_class = _silhouette(features, labels)
-    of_class = [labels == label for label in np.unique(labels)]
-    within = [(_silhouette(features[of], fields[of]), of.sum()) for of in of_class]
-    within = [(value, weight) for value, weight in within if value is not None]
-    if by_class is None or not within:
+    classes = [labels == label for label in np.unique(labels)]
+    within = [
+        silhouette_samples(features[of], fields[of])
+        for of in classes
+        if 1 < len(set(fields[of])) < of.sum()
+    ]
+    if len(classes) == 1 or not within:
         return None
-    values, weights = zip(*within, strict=True)
-    return Clusters(by_class, float(np.average(values, weights=weights)), len(rows))
-
-
-def _silhouette(features: npt.NDArray[np.float32], clusters: npt.NDArray[Any]) -> float | None:
-    """None where there is one cluster only, or every crop is one of its own."""
-    if not 1 < len(np.unique(clusters)) < len(clusters):
-        return None
-    return float(silhouette_score(features, clusters))
+    by_class = float(silhouette_samples(features, labels).mean())
+    return Clusters(by_class, float(np.concatenate(within).mean()), len(rows))
 
 
 def _suspects(tested: Predictions) -> tuple[Suspect, ...]:
-    fields, first, index = np.unique(tested.sources, return_index=True, return_inverse=True)
-    counts = np.bincount(index)
-    means = np.zeros((len(fields), len(tested.class_names)))
-    np.add.at(means, index, tested.calibrated)
-    means /= counts[:, None]
-    labels, predicted = tested.labels[first], means.argmax(axis=1)
-    own = means[np.arange(len(fields)), labels]
-    rows = [row for row in np.argsort(own, kind="stable") if predicted[row] != labels[row]]
-    return tuple(
-        Suspect(
-            field=str(fields[row]),
-            label=tested.class_names[labels[row]],
-            prediction=tested.class_names[predicted[row]],
-            probability_of_label=float(own[row]),
-            num_crops=int(counts[row]),
-        )
-        for row in rows[:_MOST_SUSPECTS]
-    )
+    found = []
+    fields, index = np.unique(tested.sources, return_inverse=True)
+    for number, field in enumerate(fields.tolist()):
+        rows = np.flatnonzero(index == number)
+        mean, label = tested.calibrated[rows].mean(axis=0), tested.labels[rows[0]]
+        if mean.argmax() != label:
+            names = tested.class_names[label], tested.class_names[mean.argmax()]
+            found.append(Suspect(field, *names, float(mean[label]), len(rows)))
+    return tuple(sorted(found, key=lambda suspect: suspect.probability_of_label)[:_MOST_SUSPECTS])
