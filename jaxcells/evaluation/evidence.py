@@ -13,8 +13,8 @@ from jaxcells.evaluation.comparison import Estimate, estimate, paired_difference
 from jaxcells.evaluation.metrics import Score, Split, SplitMetrics, field_metrics
 from jaxcells.evaluation.predictions import Predictions
 
-# Foreground fractions up to which a crop counts as "empty" and as showing "little"; see
-# `foreground`. A cell that only touches the border of a crop covers more than the first.
+# Foreground fractions (see `foreground`) up to which a crop counts as "empty", at most a sliver
+# of a cell at its edge, and as showing "little".
 EMPTY = 0.02
 LITTLE = 0.25
 _MOST_SUSPECTS = 20
@@ -157,6 +157,13 @@ def gather_evidence(
         unknown_share=float((tested.unknown > 0).mean()),
         units={name: sum(label == name for _, label in pairs) for name in tested.class_names},
     )
+
+
+def shown(score: Score) -> str:
+    """A figure and its interval for people: 0.913 (0.850 to 0.951)."""
+    low, high = score.interval_95
+    number = "none" if score.value is None else f"{score.value:.3f}"
+    return f"{number} (no interval)" if low is None else f"{number} ({low:.3f} to {high:.3f})"
 
 
 def _subsets(
