@@ -108,7 +108,8 @@ def _shortcuts(evidence: Evidence, audit: Audit, chance: float) -> tuple[Light, 
     for subset in evidence.subsets["foreground"]:
         if subset.name == "empty":
             what = f"the network on {counted(subset.num_crops, 'crop')} without cells"
-            found = look if subset.interval_note else bad
+            # From a few fields of a class only, it is no more than a hint.
+            found = bad if subset.num_fields * subset.chance >= _FEW_FIELDS else look
             rows.append((what, subset.balanced_accuracy, subset.chance, found))
     for what, score, guessing, found in rows:
         low, _ = score.interval_95

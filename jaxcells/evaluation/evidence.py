@@ -169,11 +169,11 @@ def shown(score: Score) -> str:
 def _subsets(
     tested: Predictions, split: Split, batches: Sequence[str] | None
 ) -> dict[str, tuple[Subset, ...]]:
-    records, groups = tested.records, tested.groups
+    records, groups = tested.records, split.groups
     foreground = np.array([record.foreground for record in records])
     amounts = np.select([foreground <= EMPTY, foreground <= LITTLE], ["empty", "little"], "much")
     # Images of one place in several channels are one field.
-    places = {(record.group, record.label, record.channel) for record in records}
+    places = {(record.group, record.channel) for record in records}
     values = {
         "channel": np.array([record.channel for record in records]),
         "group": groups if len(places) < len(set(tested.sources)) else groups[:0],
@@ -189,8 +189,8 @@ def _subsets(
 def _subset(
     name: np.str_, rows: npt.NDArray[np.bool_], tested: Predictions, split: Split
 ) -> Subset:
-    groups, images = tested.groups[rows], tested.sources[rows]
-    units = groups if len(set(groups)) > 1 else images
+    groups = split.groups[rows]
+    units = groups if len(set(groups)) > 1 else tested.sources[rows]
     part = dataclasses.replace(split, labels=split.labels[rows], groups=units)
     found = estimate(tested.predicted[None, rows], part)
     scores = [Score(getattr(found, key), interval) for key, interval in found.interval_95.items()]
