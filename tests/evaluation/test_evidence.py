@@ -150,7 +150,9 @@ def test_baselines_with_intervals_and_what_is_beaten():
         f"crops alone ({brightness.balanced_accuracy:.3f})"
     )
     del baselines["brightness"]
-    assert gather_evidence(dataclasses.replace(tested, baselines=baselines), seed=0).unbeaten is None
+    assert (
+        gather_evidence(dataclasses.replace(tested, baselines=baselines), seed=0).unbeaten is None
+    )
 
 
 def test_without_an_interval_nothing_is_beaten():
@@ -170,7 +172,10 @@ def test_clusters_are_the_silhouettes_of_scikit_learn():
     features = np.repeat(centers, 10, axis=0) + rng.normal(size=(60, 5))
     found = gather_evidence(dataclasses.replace(tested, features=features), seed=0).clusters
     assert found.by_class == pytest.approx(silhouette_score(features, tested.labels))
-    within = [silhouette_score(features[half], tested.sources[half]) for half in np.split(np.arange(60), 2)]
+    within = [
+        silhouette_score(features[half], tested.sources[half])
+        for half in np.split(np.arange(60), 2)
+    ]
     assert found.by_field == pytest.approx(np.mean(within))
     assert found.by_field > 0.8 > found.by_class
     assert found.num_crops == 60
@@ -222,7 +227,7 @@ def test_pooled_folds_small_classes_and_absent_ones(num_classes, fields):
     )
     evidence = gather_evidence(tested, seed=0)
     assert evidence.clusters is None
-    assert evidence.units == {name: fields for name in tested.class_names[:-1]} | {"absent": 0}
+    assert evidence.units == dict.fromkeys(tested.class_names[:-1], fields) | {"absent": 0}
     assert evidence.subsets["foreground"][0].chance == 1 / num_classes
     assert evidence.unknown_share == pytest.approx(np.mean(tested.unknown > 0))
     record = json.loads(json.dumps(dataclasses.asdict(evidence), allow_nan=False))
