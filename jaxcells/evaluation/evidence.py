@@ -196,15 +196,8 @@ def _subset(
     accuracy, balanced_accuracy = (
         Score(getattr(found, key), interval) for key, interval in found.interval_95.items()
     )
-    return Subset(
-        name=str(name),
-        num_crops=int(rows.sum()),
-        num_fields=len(set(units)),
-        accuracy=accuracy,
-        balanced_accuracy=balanced_accuracy,
-        chance=1 / len(set(part.labels)),
-        interval_note=found.interval_note,
-    )
+    counts, chance = (int(rows.sum()), len(set(units))), 1 / len(set(part.labels))
+    return Subset(str(name), *counts, accuracy, balanced_accuracy, chance, found.interval_note)
 
 
 def _baseline(name: str, tested: Predictions, split: Split) -> Baseline:

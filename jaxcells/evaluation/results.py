@@ -89,7 +89,7 @@ class RunResults:
             f"{fields.num_crops} whole fields, by the mean over their crops: accuracy "
             f"{shown(fields.scores['accuracy'])}",
             f"baselines, balanced accuracy: {', '.join(baselines)}",
-            f"calibration error {shown(calibrated)}; of raw probabilities {shown(raw)}",
+            f"calibration error {shown(calibrated)}, before calibration {shown(raw)}",
             f"validation accuracy {self.validation.accuracy:.3f}",
             f"trained {self.num_epochs} epochs in {duration(timing.train_s)} at "
             f"{timing.train_images_per_second:.1f} images/s; everything took "
