@@ -47,6 +47,16 @@ def get_config() -> ConfigDict:
     # What stays in one split: "field", "channel", a regular expression whose group 1
     # names the group in an image's path (plate, patient, day), or "crop": nothing, as in the study.
     config.data.split_by = "field"
+    # What finds the batch (plate, day) of an image: a regular expression whose group 1 names it in
+    # the image's path. Cross-validation then leaves out one batch after another, too.
+    config.data.batch_by = ""
+    # One fold of a cross-validation as a run of its own: "2/5" tests the second of five folds of
+    # what is not in the test split, "2/0" leaves out the second group, "2/batch" the second batch;
+    # with " all" behind it no test split is set aside.
+    config.data.fold = ""
+    # Share of the training images of every class to train on, at least one; a smaller share is a
+    # part of a larger one.
+    config.data.fraction = 1.0
     # Pixels to leave out at the top, right, bottom and left of every image (burnt-in scale bars).
     config.data.border = (0, 0, 0, 0)
     # Redraw crops with less than this fraction of foreground; 0 keeps all.

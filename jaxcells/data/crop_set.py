@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcells.data.crops import Crop, CropSettings, draw_crops
+from jaxcells.data.crops import Crop, CropSettings, draw_crops, fold_of_fields
 from jaxcells.data.fields import SPLITS, Field, find_fields, image_notes, is_hidden, usable_fields
 from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image, write_crop
@@ -90,6 +90,7 @@ class CropSet:
       came_split: whether the image folder brought its own split.
       field_kinds: for every class, the counts of its images' sizes, channels, dtypes and suffixes.
       notes: what was left out or interpreted on the way.
+      num_folds: of the cross-validation whose fold this set is; 0 of any other set.
     """
 
     directory: Path
@@ -102,6 +103,7 @@ class CropSet:
     came_split: bool
     field_kinds: Mapping[str, Mapping[str, Mapping[str, int]]]
     notes: tuple[str, ...]
+    num_folds: int
 
     def split(self, name: str) -> list[CropRecord]:
         """Returns the records of one split, in the order of the manifest."""
@@ -159,7 +161,8 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     listed = ", ".join(f"{label} {number}" for label, number in sorted(per_class.items()))
     logger.info("found %d images: %s", len(used), listed)
 
-    crops = draw_crops(used, dataclasses.replace(settings, crop_size=size))
+    actual = dataclasses.replace(settings, crop_size=size)
+    crops = draw_crops(used, actual)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     records, hashes = _write_crops(partial, crops, size, settings.plane)
@@ -176,6 +179,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         "came_split": any(field.split for field in fields),
         "field_kinds": _field_kinds(used),
         "notes": notes,
+        "num_folds": max(fold_of_fields(used, actual).values(), default=0),
     }
     write_json(partial / "crop_set.json", description)
     partial.rename(directory)

@@ -16,6 +16,7 @@ _WIDTH = 100  # of the text; Markdown may be wider
 _SPLITS = ("validation", "test")
 # What a network costs: attributes of a row, how they are headed and shown.
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "training_images": ("training\nimages", str),
     "parameters": ("parameters", amount),
     "multiply_adds": ("multiply-\nadds", amount),
     "train_s": ("training\ntime", duration),
@@ -44,6 +45,7 @@ class Row:
       train_images_per_second: in training.
       eval_images_per_second: in evaluation.
       step_memory_bytes: device memory that a training step needs.
+      training_images: whose crops were trained on.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Row:
     train_images_per_second: float
     eval_images_per_second: float
     step_memory_bytes: int
+    training_images: int
 
 
 def write_table(
@@ -138,6 +141,28 @@ def paragraphs(
         *_describe_choice(choice),
         *(_describe_comparisons(choice.chosen, comparisons) if comparisons else []),
     ]
+
+
+def describe_gain(name: str, fewer: Row, most: Row, gain: Estimate) -> str:
+    """Says whether more images would help, by the last two points of a learning curve.
+
+    Args:
+      name: of what was trained.
+      fewer: what the last but one found.
+      most: what the last found.
+      gain: the paired difference of their validation accuracies.
+    """
+    low, high = gain.interval_95["balanced_accuracy"]
+    verdict = "that more images would help is not shown, nor that they would not"
+    if low is not None and low > 0:
+        verdict = "the last images helped, and more of the kind probably would"
+    elif high is not None and high < 0:
+        verdict = "the last images did harm; look at them, and at the curves of the training"
+    return (
+        f"Learning curve of {name}: {most.training_images} training images instead of "
+        f"{fewer.training_images}, for as many steps of training, change the validation balanced "
+        f"accuracy by {_difference(gain)}: {verdict}."
+    )
 
 
 def as_markdown(parts: Sequence[str | Table]) -> str:
