@@ -264,9 +264,8 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     listed = (base.experiments,) if isinstance(base.experiments, str) else base.experiments
     names = [name.strip() for text in listed for name in str(text).split(",") if name.strip()]
     seeds = list(base.seeds) if isinstance(base.seeds, tuple | list) else [base.seeds]
-    fractions = base.get("fractions") or ()
-    for key in ("experiments", "seeds", "fractions"):
-        base.pop(key, None)
+    fractions = base.get("fractions", ())
+    _remove(base, "experiments", "seeds", "fractions")
     validate(base)
     plain = all(re.fullmatch(r"\w[\w.-]*", name) for name in names)  # a folder is named so
     if not names or len(set(names)) < len(names) or not plain:
@@ -325,20 +324,27 @@ def expand_cross_validation(config: ConfigDict, folder: Path) -> tuple[ConfigDic
       Error: lists what is wrong.
     """
     base = config.copy_and_resolve_references().unlock()
-    name, folds, keep_test = (base.pop(key, None) for key in ("experiment", "folds", "keep_test"))
-    if name is None or type(folds) is not int or folds < 0 or folds == 1 or keep_test is None:
+    keys = ("experiment", "folds", "keep_test")
+    name, folds, keep_test = map(base.get, keys)
+    _remove(base, *keys)
+    if None in (name, keep_test) or type(folds) is not int or folds < 0 or folds == 1:
         raise Error(
             "a cross-validation needs the keys experiment, folds (2 or more, or 0 to leave out one "
             "group after another) and keep_test; see configs/cross_validate.py"
         )
-    validate(base)
-    default, run = flatten(default_config()), _load_named(name, folder)
-    changes = {key: value for key, value in flatten(base).items() if value != default[key]}
+    default, run = flatten(default_config()), _load_named(name, folder).unlock()
+    changes = {key: value for key, value in flatten(base).items() if value != default.get(key)}
     run.update_from_flattened_dict(changes)
     validate(run)
     if run.data.fold:
         raise Error(f"data.fold={run.data.fold!r} is a single fold; leave it to the verb")
     return run, folds, keep_test
+
+
+def _remove(config: ConfigDict, *keys: str) -> None:
+    for key in keys:
+        if key in config:
+            del config[key]
 
 
 def _load_named(name: str, folder: Path) -> ConfigDict:

@@ -16,7 +16,6 @@ _WIDTH = 100  # of the text; Markdown may be wider
 _SPLITS = ("validation", "test")
 # What a network costs: attributes of a row, how they are headed and shown.
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "training_images": ("training\nimages", str),
     "parameters": ("parameters", amount),
     "multiply_adds": ("multiply-\nadds", amount),
     "train_s": ("training\ntime", duration),
@@ -84,6 +83,7 @@ def write_table(
             "experiment": row.name,
             "chosen": row.chosen,
             "seeds": " ".join(map(str, row.seeds)),
+            "training_images": row.training_images,
         }
         for split in _SPLITS:
             estimate = getattr(row, split)
@@ -105,7 +105,7 @@ def paragraphs(
     failures: Mapping[str, str],
     choice: Choice,
     comparisons: Mapping[str, Comparison],
-    notes: Sequence[str],
+    notes: Sequence[str | Table],
 ) -> list[str | Table]:
     """The comparison for a reader, as sentences and tables.
 
@@ -143,26 +143,27 @@ def paragraphs(
     ]
 
 
-def describe_gain(name: str, fewer: Row, most: Row, gain: Estimate) -> str:
-    """Says whether more images would help, by the last two points of a learning curve.
+def learning_curve(name: str, rows: Sequence[Row], gain: Estimate) -> list[str | Table]:
+    """A learning curve as a table, and whether more images would help by its last two points.
 
     Args:
       name: of what was trained.
-      fewer: what the last but one found.
-      most: what the last found.
-      gain: the paired difference of their validation accuracies.
+      rows: two or more, by their number of training images.
+      gain: validation accuracies of the last less those of the last but one, paired.
     """
     low, high = gain.interval_95["balanced_accuracy"]
     verdict = "that more images would help is not shown, nor that they would not"
     if low is not None and low > 0:
-        verdict = "the last images helped, and more of the kind probably would"
+        verdict = "the last images helped, and more of the kind may help further"
     elif high is not None and high < 0:
         verdict = "the last images did harm; look at them, and at the curves of the training"
-    return (
-        f"Learning curve of {name}: {most.training_images} training images instead of "
-        f"{fewer.training_images}, for as many steps of training, change the validation balanced "
-        f"accuracy by {_difference(gain)}: {verdict}."
-    )
+    cells = [[row.name, str(row.training_images), _shown(row.validation)] for row in rows]
+    return [
+        f"Learning curve of {name}, every point trained for as many steps:",
+        (("experiment", "training\nimages", "balanced accuracy,\nvalidation"), cells),
+        f"{rows[-1].training_images} training images instead of {rows[-2].training_images} change "
+        f"the validation balanced accuracy by {_difference(gain)}: {verdict}.",
+    ]
 
 
 def as_markdown(parts: Sequence[str | Table]) -> str:

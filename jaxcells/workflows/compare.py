@@ -30,7 +30,7 @@ from jaxcells.evaluation.comparison_figures import (
     plot_curves_together,
     plot_learning_curves,
 )
-from jaxcells.evaluation.comparison_table import Row
+from jaxcells.evaluation.comparison_table import Row, Table
 from jaxcells.evaluation.metrics import Split
 from jaxcells.evaluation.predictions import read_predictions
 from jaxcells.evaluation.results import RunResults
@@ -223,9 +223,10 @@ def report(
         name, has_fraction, _ = row.name.partition("_fraction")
         if has_fraction:
             curves.setdefault(name, []).append(row)
-    for name, (*_, fewer, most) in (curve for curve in curves.items() if len(curve[1]) > 1):
+    for name, points in curves.items():
+        *_, fewer, most = (points[0], *points)
         gain = paired_difference(vals[most.name], vals[fewer.name], _split(data, "val", base.seed))
-        notes.append(comparison_table.describe_gain(name, fewer, most, gain))
+        notes += comparison_table.learning_curve(name, points, gain) if len(points) > 1 else []
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)
@@ -248,7 +249,7 @@ def report(
 
 def circumstances(
     base: ConfigDict, done: Sequence[Experiment], rows: Sequence[Row], baseline: float
-) -> list[str]:
+) -> list[str | Table]:
     """Returns what a reader must know to compare the figures.
 
     Args:
@@ -257,7 +258,7 @@ def circumstances(
       rows: what they found.
       baseline: accuracy of brightness and contrast alone on the test split, which all share.
     """
-    notes = []
+    notes: list[str | Table] = []
     for name, config in {e.name: e.config for e in done}.items():
         own = ("seed ", "data.seed ", "data.fraction ", "model.name ")
         changed = [text for text in differences(base, config) if not text.startswith(own)]

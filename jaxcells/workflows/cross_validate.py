@@ -77,10 +77,10 @@ def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Wor
         if workdir.is_trained or workdir.experiments.is_dir():
             raise Error(f"{workdir} is the workdir of a run or comparison; choose another workdir")
         mesh.warn_of_cpu()
-        kinds = {"folds": _prepare(config, str(folds), keep_test, workdir)}
+        kinds = {"all folds": _prepare(config, str(folds), keep_test, workdir)}
         if config.data.batch_by:
             across = _prepare(config, "batch", keep_test, workdir)
-            kinds = {"within batches": kinds["folds"], "across batches": across}
+            kinds = {"within batches": kinds["all folds"], "across batches": across}
         failures: dict[str, str] = {}
         compiled: dict[str, Any] = {}  # folds of one size share their steps
         prepared = [fold for of_kind in kinds.values() for fold in of_kind]
@@ -157,7 +157,7 @@ def _report(
             in_batches = [dataclasses.replace(record, group=batch) for record, batch in records]
             tested = dataclasses.replace(tested, records=tuple(in_batches))
         write_predictions(folder / f"predictions{ending}.csv", tested)
-        for run, number in zip(runs, np.unique(tested.folds), strict=True):
+        for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):
             groups = sorted(set(tested.groups[tested.folds == number].tolist()))
             results = read_json(run.results)
             epoch = results["best_step"] * results["num_epochs"] // results["num_steps"]

@@ -27,7 +27,7 @@ def figures(mean, low, high):
 
 def row(name, train_s, mean, test, *, chosen=False):
     validation = figures(mean, mean - 0.05, mean + 0.03)
-    return Row(name, chosen, (0,), validation, test, 1, 1, train_s, 1, 1, 1, 1)
+    return Row(name, chosen, (0,), validation, test, 1, 1, train_s, 1, 1, 1, 1, 1)
 
 
 STUDY = [

@@ -30,6 +30,7 @@ RESNET34 = Row(
     train_images_per_second=52.34,
     eval_images_per_second=1186.2,
     step_memory_bytes=1_249_000_000,
+    training_images=48,
 )
 RESNET50 = dataclasses.replace(
     RESNET34, name="resnet50", validation=figures(0.951, 0.9, 0.99), train_s=4000.0, chosen=False
@@ -174,11 +175,11 @@ def test_files_hold_the_table_and_raw_numbers(tmp_path):
         for end in ("", "_deviation", "_low", "_high")
     ]
     assert header == (
-        f"experiment,chosen,seeds,{','.join(estimates)},parameters,multiply_adds,train_s,"
-        "epoch_s,train_images_per_second,eval_images_per_second,step_memory_bytes,failure"
+        f"experiment,chosen,seeds,training_images,{','.join(estimates)},parameters,multiply_adds,"
+        "train_s,epoch_s,train_images_per_second,eval_images_per_second,step_memory_bytes,failure"
     )
     assert first == (
-        "resnet34,True,0 1,0.945,,0.8842,0.98861,0.9501,,0.8,,0.9,0.01,0.8,1,0.9,0.02,0.8,"
+        "resnet34,True,0 1,48,0.945,,0.8842,0.98861,0.9501,,0.8,,0.9,0.01,0.8,1,0.9,0.02,0.8,"
         ",21797672,3664000000,720.4,14.41,52.34,1186.2,1249000000,"
     )
-    assert second == f"preact_1001|b{',' * 26}{FAILED['preact_1001|b']}"
+    assert second == f"preact_1001|b{',' * 27}{FAILED['preact_1001|b']}"
