@@ -153,7 +153,7 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     ]
     if data.split_by not in ("field", "channel", "crop"):
         parsers.append((compile_group_pattern, data.split_by))
-    if data.batch_by:
+    if data.batch_by or "batch" in data.fold:
         parsers.append((lambda text: compile_group_pattern(text, "data.batch_by"), data.batch_by))
     if data.fold:
         parsers.append((parse_fold, data.fold))
@@ -327,17 +327,15 @@ def expand_cross_validation(config: ConfigDict, folder: Path) -> tuple[ConfigDic
     keys = ("experiment", "folds", "keep_test")
     name, folds, keep_test = map(base.get, keys)
     _remove(base, *keys)
-    if None in (name, keep_test) or type(folds) is not int or folds < 0 or folds == 1:
+    if name is None or type(folds) is not int or folds < 0 or folds == 1 or base.data.fold:
         raise Error(
             "a cross-validation needs the keys experiment, folds (2 or more, or 0 to leave out one "
-            "group after another) and keep_test; see configs/cross_validate.py"
+            "group after another) and keep_test, and no data.fold; see configs/cross_validate.py"
         )
     default, run = flatten(default_config()), _load_named(name, folder).unlock()
     changes = {key: value for key, value in flatten(base).items() if value != default.get(key)}
     run.update_from_flattened_dict(changes)
     validate(run)
-    if run.data.fold:
-        raise Error(f"data.fold={run.data.fold!r} is a single fold; leave it to the verb")
     return run, folds, keep_test
 
 

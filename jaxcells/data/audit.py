@@ -66,9 +66,8 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
         # With one group of a class to train on, train and val share it: no figure rests on that.
         if shared := _clashes(records, [record.group for record in records], "split"):
             warnings.append(
-                f"{len(shared)} groups, such as {shared[0][0].group}, give crops to train and val "
-                "of this fold, which has too few to part them: the choice of the epoch rests on "
-                "that, and nothing that is tested"
+                f"{len(shared)} groups give crops to train and val of this fold, too few to part "
+                f"them, such as {shared[0][0].group}: only the choice of the epoch rests on that"
             )
         records = tuple(
             dataclasses.replace(r, split="train") if r.split == "val" else r for r in records

@@ -32,8 +32,8 @@ class CropSettings:
       min_foreground: crops with a smaller fraction of foreground are redrawn, see `foreground`.
       plane: which plane of a stack to read, see `read_image`.
       exclude: regular expression of images to leave out, see `find_fields`.
-      fold: "", or the fold of a cross-validation that this set is, see `Fold`: "test" is what the
-        fold tests, "val" a part of its training side.
+      fold: "", or the fold of a cross-validation that this set is, see `parse_fold`: "test" is what
+        the fold tests, "val" a part of its training side.
       batch_by: "", or what finds the batch (plate, day) of an image, as `split_by` finds groups.
     """
 
@@ -139,7 +139,7 @@ def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[st
         trained = [field for field in fields if fold_of.get(field.name, number) != number]
         tested = {name: "test" for name, fold in fold_of.items() if fold == number}
         return _split_training_side(trained, settings) | tested
-    if any(field.split for field in fields):  # the folder came split
+    if all(field.split for field in fields):  # the folder came split
         return {field.name: field.split or "" for field in fields}
     if settings.split_by == "crop" and settings.crop_size:
         return {field.name: "" for field in fields}
@@ -154,10 +154,10 @@ def _split_training_side(fields: Sequence[Field], settings: CropSettings) -> dic
     groups = {(field.label, field.group) for field in fields}
     num_groups = collections.Counter(label for label, _ in groups)
     several = [field for field in fields if num_groups[field.label] > 1]
-    policy = {"split_by": settings.split_by, "stream": f"fold {settings.fold}"}
+    seed = f"{settings.seed} fold {settings.fold}"
     try:
-        split_of = allot(several, settings.counts, **policy, seed=settings.seed) if several else {}
-    except Error:  # groups that classes share leave no way
+        split_of = allot(several, settings.counts, split_by=settings.split_by, seed=seed)
+    except Error:  # the groups that classes share leave no way
         several = []
     whole = {field.name for field in several}
     return {field.name: split_of[field.group] if field.name in whole else "" for field in fields}

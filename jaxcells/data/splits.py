@@ -21,9 +21,7 @@ _ATTEMPTS = 2000
 _FOLD = re.compile(r"([1-9]\d*)/([2-9]|[1-9]\d+|0|batch)( all)?")
 
 
-def with_groups(
-    fields: Sequence[Field], split_by: str, *, key: str = "data.split_by"
-) -> list[Field]:
+def with_groups(fields: Sequence[Field], split_by: str, key: str = "data.split_by") -> list[Field]:
     """Sets the group of every field.
 
     Args:
@@ -72,8 +70,7 @@ def allot(
     counts: Mapping[str, int],
     *,
     split_by: str,
-    seed: int,
-    stream: str = "allot",
+    seed: int | str,
 ) -> dict[str, str]:
     """Allots whole groups to the splits at random, in the ratio of the counts.
 
@@ -85,8 +82,7 @@ def allot(
       counts: crops (or their ratio) for each split, such as {"train": 754, "val": 100, "test":
         100}; each 1 or more.
       split_by: the policy, named in errors; decides whether channels are strata.
-      seed: the run's seed.
-      stream: names the draws, so that others of the same seed are independent of them.
+      seed: the run's seed; with a word behind it, for draws that are independent of others.
 
     Returns:
       The split of every group.
@@ -95,15 +91,17 @@ def allot(
       Error: a class has fewer groups than there are splits, or they are shared with other classes
         in such a way that some split gets none.
     """
-    _check_enough_groups(fields, len(counts), split_by)
     allotted: dict[str, str] = {}
+    if not fields:
+        return allotted
+    _check_enough_groups(fields, len(counts), split_by)
     if split_by == "field":
         for label in sorted({field.label for field in fields}):
             of_class = [field for field in fields if field.label == label]
-            allotted |= _allot_by_channel(of_class, counts, seed, stream)
+            allotted |= _allot_by_channel(of_class, counts, seed)
     else:
         for connected in _connected_fields(fields):
-            allotted |= _allot_jointly(connected, counts, split_by, seed, stream)
+            allotted |= _allot_jointly(connected, counts, split_by, seed)
     return allotted
 
 
@@ -120,9 +118,8 @@ def parse_fold(text: str) -> tuple[int, str, bool]:
     match = _FOLD.fullmatch(text)
     if not match:
         raise Error(
-            f"data.fold={text!r} must be such as 2/5 (the second of five folds), 2/0 (the second "
-            "group left out), 2/batch (the second batch left out), or one of these with ' all' "
-            "(no test split is set aside)"
+            f"data.fold={text!r} must be such as 2/5 (the second of five), 2/0 (the second group) "
+            "or 2/batch (the second batch), with ' all' behind it if no test split is set aside"
         )
     return int(match[1]), match[2], bool(match[3])
 
@@ -146,19 +143,18 @@ def allot_folds(
     Raises:
       Error: a class has too few groups or batches, or a group is in two batches.
     """
-    units = with_groups(fields, batch_by, key="data.batch_by") if of == "batch" else fields
+    units = with_groups(fields, batch_by, "data.batch_by") if of == "batch" else fields
     (label, number), needed = _fewest_groups(units), int(of) if of not in ("0", "batch") else 2
     if number < needed:
         what = "batches" if of == "batch" else f"groups (data.split_by={split_by})"
-        fewer = f", or use folds={number}" if number >= 2 else ""
-        one_by_one = ", or folds=0, which leaves out one after another" if fewer else ""
+        fewer = f", or use folds={number} or folds=0 (each left out once)" if number > 1 else ""
         raise Error(
-            f"class {label!r} has {number} {what} to test, and {needed} are needed; add "
-            f"images{fewer}{one_by_one}"
+            f"class {label!r} has {number} {what} to test, and {needed} are needed; add images"
+            f"{fewer}"
         )
     if of not in ("0", "batch"):
         counts = {str(n): 1 for n in range(1, needed + 1)}
-        allotted = allot(fields, counts, split_by=split_by, seed=seed, stream="folds")
+        allotted = allot(fields, counts, split_by=split_by, seed=f"{seed} folds")
         return {group: int(fold) for group, fold in allotted.items()}
     names = sorted({unit.group for unit in units})
     fold_of: dict[str, int] = {}
@@ -169,7 +165,7 @@ def allot_folds(
 
 
 def _allot_by_channel(
-    fields: Sequence[Field], counts: Mapping[str, int], seed: int, stream: str
+    fields: Sequence[Field], counts: Mapping[str, int], seed: int | str
 ) -> dict[str, str]:
     """Allots the fields of one class, each a group of its own."""
     num_fields = collections.Counter(field.channel for field in fields)
@@ -181,7 +177,7 @@ def _allot_by_channel(
     allotted: dict[str, str] = {}
     for channel in sorted(strata, key=str):
         minimum = 0 if channel is None and len(strata) > 1 else 1
-        rng = named_generator(seed, stream, fields[0].label, channel)
+        rng = named_generator(seed, "allot", fields[0].label, channel)
         given = collections.Counter(allotted.values())
         numbers = apportion(len(strata[channel]), counts, minimum, given)
         allotted |= _cut(strata[channel], numbers, rng)
@@ -189,12 +185,12 @@ def _allot_by_channel(
 
 
 def _allot_jointly(
-    fields: Sequence[Field], counts: Mapping[str, int], split_by: str, seed: int, stream: str
+    fields: Sequence[Field], counts: Mapping[str, int], split_by: str, seed: int | str
 ) -> dict[str, str]:
     """Allots groups that share classes with one another, until every class is in every split."""
     labels = sorted({field.label for field in fields})
     groups = sorted({field.group for field in fields})
-    rng = named_generator(seed, stream, *labels)
+    rng = named_generator(seed, "allot", *labels)
 
     def reaches_every_split(allotted: Mapping[str, str]) -> bool:
         reached = {(field.label, allotted[field.group]) for field in fields}

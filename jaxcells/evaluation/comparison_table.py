@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcells.evaluation.comparison import Choice, Comparison, Estimate
+import numpy.typing as npt
+
+from jaxcells.evaluation.comparison import Choice, Comparison, Estimate, paired_difference
+from jaxcells.evaluation.metrics import Split
 from jaxcells.files import write_csv, write_whole
 from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 
@@ -143,14 +146,19 @@ def paragraphs(
     ]
 
 
-def learning_curve(name: str, rows: Sequence[Row], gain: Estimate) -> list[str | Table]:
+def learning_curve(
+    name: str, rows: Sequence[Row], predictions: Mapping[str, npt.ArrayLike], split: Split
+) -> list[str | Table]:
     """A learning curve as a table, and whether more images would help by its last two points.
 
     Args:
       name: of what was trained.
       rows: two or more, by their number of training images.
-      gain: validation accuracies of the last less those of the last but one, paired.
+      predictions: {experiment: int [S, N]} on the validation split.
+      split: the validation split.
     """
+    fewer, most = rows[-2:]
+    gain = paired_difference(predictions[most.name], predictions[fewer.name], split)
     low, high = gain.interval_95["balanced_accuracy"]
     verdict = "that more images would help is not shown, nor that they would not"
     if low is not None and low > 0:
@@ -161,7 +169,7 @@ def learning_curve(name: str, rows: Sequence[Row], gain: Estimate) -> list[str |
     return [
         f"Learning curve of {name}, every point trained for as many steps:",
         (("experiment", "training\nimages", "balanced accuracy,\nvalidation"), cells),
-        f"{rows[-1].training_images} training images instead of {rows[-2].training_images} change "
+        f"{most.training_images} training images instead of {fewer.training_images} change "
         f"the validation balanced accuracy by {_difference(gain)}: {verdict}.",
     ]
 

@@ -17,19 +17,8 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import Experiment, data_seed, differences
 from jaxcells.data.arrays import with_fraction
-from jaxcells.evaluation import comparison_table, predict
-from jaxcells.evaluation.comparison import (
-    Choice,
-    choose,
-    compare_with,
-    estimate,
-    paired_difference,
-)
-from jaxcells.evaluation.comparison_figures import (
-    plot_accuracy_against_time,
-    plot_curves_together,
-    plot_learning_curves,
-)
+from jaxcells.evaluation import comparison_figures, comparison_table, predict
+from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
 from jaxcells.evaluation.comparison_table import Row, Table
 from jaxcells.evaluation.metrics import Split
 from jaxcells.evaluation.predictions import read_predictions
@@ -224,16 +213,16 @@ def report(
         if has_fraction:
             curves.setdefault(name, []).append(row)
     for name, points in curves.items():
-        *_, fewer, most = (points[0], *points)
-        gain = paired_difference(vals[most.name], vals[fewer.name], _split(data, "val", base.seed))
-        notes += comparison_table.learning_curve(name, points, gain) if len(points) > 1 else []
+        if len(points) > 1:
+            validation = _split(data, "val", base.seed)
+            notes += comparison_table.learning_curve(name, points, vals, validation)
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)
-    plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
-    plot_curves_together(_by_name(done, records), folder / "curves.png")
+    comparison_figures.plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
+    comparison_figures.plot_curves_together(_by_name(done, records), folder / "curves.png")
     if curves:
-        plot_learning_curves(curves, folder / "learning_curve.png")
+        comparison_figures.plot_learning_curves(curves, folder / "learning_curve.png")
     everything = {
         "choice": dataclasses.asdict(choice),
         "experiments": [dataclasses.asdict(row) for row in rows],

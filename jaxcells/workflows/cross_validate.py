@@ -163,8 +163,7 @@ def _report(
             epoch = results["best_step"] * results["num_epochs"] // results["num_steps"]
             rows.append(_row(kind, run.path.name, some(groups, 1), results["test"], epoch))
         pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
-        name = f"{len(runs)} of {len(prepared)} pooled"
-        rows.append(_row(kind, name, "", pooled[kind], None))
+        rows.append(_row(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind], None))
         if note := pooled[kind]["interval_note"]:
             notes.append(f"Note on {kind}: {note}.")
     parts = [*_tables(rows), *notes, _CAUTION, _NEXT[keep_test]]
