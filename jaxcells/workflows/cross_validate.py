@@ -142,7 +142,8 @@ def _report(
     """Writes tables, predictions and results.json to cross_validation/, and prints the table."""
     folder = workdir.cross_validation
     folder.mkdir(exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    everything: list[dict[str, Any]] = []
+    parts: list[str | Table] = []
     notes = [f"{name} failed and is left out: {text}" for name, text in failures.items()]
     pooled: dict[str, Any] = {}
     for kind, prepared in kinds.items():
@@ -157,6 +158,7 @@ def _report(
             in_batches = [dataclasses.replace(record, group=batch) for record, batch in records]
             tested = dataclasses.replace(tested, records=tuple(in_batches))
         write_predictions(folder / f"predictions{ending}.csv", tested)
+        rows = []
         for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):
             groups = sorted(set(tested.groups[tested.folds == number].tolist()))
             results = read_json(run.results)
@@ -164,13 +166,19 @@ def _report(
             rows.append(_row(kind, run.path.name, some(groups, 1), results["test"], epoch))
         pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
         rows.append(_row(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind], None))
+        parts += [f"Cross-validation, {kind}; each fold tests what it was not trained on:"]
+        parts += [(_HEADER, [_cells(row) for row in rows])]
+        everything += rows
         if note := pooled[kind]["interval_note"]:
             notes.append(f"Note on {kind}: {note}.")
-    parts = [*_tables(rows), *notes, _CAUTION, _NEXT[keep_test]]
-    write_csv(folder / "table.csv", list(rows[0]), [list(row.values()) for row in rows])
+    if len(pooled) > 1:
+        figures = [f"{kind} {pooled[kind]['balanced_accuracy']:.3f}" for kind in pooled]
+        parts.append(f"Balanced accuracy: {', '.join(figures)}.")
+    parts += [*notes, _CAUTION, _NEXT[keep_test]]
+    write_csv(folder / "table.csv", list(everything[0]), [list(row.values()) for row in everything])
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
-    found = {"pooled": pooled, "folds": rows, "failures": failures, "keep_test": keep_test}
+    found = {"pooled": pooled, "folds": everything, "failures": failures, "keep_test": keep_test}
     write_json(folder / "results.json", {**found, "config": config.to_dict()})
     print(as_text(parts))
 
@@ -187,21 +195,14 @@ def _row(
     return row | {"best_epoch": best_epoch}
 
 
-def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str | Table]:
-    """A table for each kind of folds, whose last row is that of all crops together."""
-    tables: dict[str, list[list[str]]] = {}
-    for row in rows:
-        name, is_pooled = row["fold"], row["best_epoch"] is None
-        cells = [name if is_pooled else f"{name}: {row['tests']}"]
-        cells += [str(row["num_crops"]), str(row["num_fields"])]
-        for key in _KEYS:
-            low, high = row[f"{key}_low"], row[f"{key}_high"]
-            interval = f" ({low:.3f}–{high:.3f})" if is_pooled and low is not None else ""
-            cells.append(f"{row[key]:.3f}{interval}")
-        cells.append("" if is_pooled else str(row["best_epoch"]))
-        tables.setdefault(row["folds"], []).append(cells)
-    parts: list[str | Table] = []
-    for kind, lines in tables.items():
-        parts += [f"Cross-validation, {kind}; each fold tests what it was not trained on:"]
-        parts += [(_HEADER, lines)]
-    return parts
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """The same for a reader, with intervals of what is pooled; those of a fold rest on too few."""
+    figures = []
+    for key in _KEYS:
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        is_shown = row["best_epoch"] is None and low is not None
+        figures.append(f"{row[key]:.3f}" + (f" ({low:.3f}–{high:.3f})" if is_shown else ""))
+    name = ": ".join(filter(None, (row["fold"], row["tests"])))
+    others = ("num_crops", "num_fields"), ("best_epoch",)
+    counts, epoch = ([str(row[key] or "") for key in keys] for keys in others)
+    return [name, *counts, *figures, *epoch]

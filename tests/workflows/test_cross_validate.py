@@ -132,6 +132,9 @@ def test_pooled_figures_are_those_of_all_crops_together(finished):
     text = (finished.cross_validation / "table.md").read_text()
     assert text.count("each fold tests what it was not trained on") == 2
     assert "batch1: day1" in text
+    within, across = (found["balanced_accuracy"] for found in results["pooled"].values())
+    sentence = f"Balanced accuracy: within batches {within:.3f}, across batches {across:.3f}."
+    assert sentence in text
     assert "not of one network" in text
     assert "no test split was set aside" in text
 
