@@ -5,6 +5,7 @@ not known; what else a value must be stands in the tables below.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import runpy
@@ -62,10 +63,7 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda x: len(x) == 4 and all(isinstance(n, int) and n >= 0 for n in x),
         "four whole numbers: top, right, bottom, left",
     ),
-    "data.batch_by": (
-        lambda x: not x or (_is_expression(x) and re.compile(x).groups),
-        "a regular expression whose group 1 is the batch, or empty",
-    ),
+    "data.fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "data.exclude": (_is_expression, "a regular expression, or empty"),
     "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "data.augment.intensity": (lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -149,7 +147,7 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     """What values may not be together, wrong ones apart, and values that other modules parse."""
     # Help and wrong flags need not wait for NumPy and readers of images.
     from jaxcells.data.planes import parse_plane
-    from jaxcells.data.splits import compile_group_pattern
+    from jaxcells.data.splits import compile_group_pattern, parse_fold
 
     data, optim, model = config.data, config.optim, config.model
     parsers: list[tuple[Callable[[Any], Any], Any]] = [
@@ -158,6 +156,10 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     ]
     if data.split_by not in ("field", "channel", "crop"):
         parsers.append((compile_group_pattern, data.split_by))
+    if data.batch_by or "batch" in data.fold:
+        parsers.append((lambda text: compile_group_pattern(text, "data.batch_by"), data.batch_by))
+    if data.fold:
+        parsers.append((parse_fold, data.fold))
     for parse, value in parsers:
         try:
             parse(value)
@@ -179,6 +181,8 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
             f"data.split={tuple(data.split)} sums to {sum(data.split)}, and data.crops_per_class "
             f"is {data.crops_per_class}; for instance data.split={suggestion}"
         )
+    if data.fold and data.crop_size and data.split_by == "crop":
+        yield "data.fold leaves whole groups out, which data.split_by=crop divides; use field"
     if optim.freeze_epochs and not optim.freeze:
         yield "optim.freeze_epochs is set and optim.freeze is empty; say what to freeze"
     if optim.freeze and optim.freeze_epochs >= config.train.num_epochs:
@@ -244,14 +248,16 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     """Turns the config of a comparison into that of its crops and those of its experiments.
 
     An experiment is the comparison's config with what the experiment's own file changes of
-    `default.py`, and every seed.
+    `default.py`, and every seed. With the key `fractions` there is one for each share of the
+    training images, see `data.fraction`; all are trained for as many steps, in more epochs of fewer
+    crops.
 
     Args:
       config: a config with the keys `experiments` and `seeds`.
       folder: where the config files of the experiments are; ours are found too.
 
     Returns:
-      The config without these two keys, and the experiments, all validated.
+      The config without these keys, and the experiments, all validated.
 
     Raises:
       Error: lists what is wrong with which experiment.
@@ -266,7 +272,8 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     listed = (base.experiments,) if isinstance(base.experiments, str) else base.experiments
     names = [name.strip() for text in listed for name in str(text).split(",") if name.strip()]
     seeds = list(base.seeds) if isinstance(base.seeds, tuple | list) else [base.seeds]
-    del base.experiments, base.seeds
+    fractions = base.get("fractions", ())
+    _remove(base, "experiments", "seeds", "fractions")
     validate(base)
     plain = all(re.fullmatch(r"\w[\w.-]*", name) for name in names)  # a folder is named so
     if not names or len(set(names)) < len(names) or not plain:
@@ -274,26 +281,33 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
 
+    if len(set(fractions)) < len(fractions) or not all(0 < share <= 1 for share in fractions):
+        raise Error(f"fractions={fractions} must be above 0 and at most 1, each once")
+    names_of = {share: f"_fraction{share:g}" for share in fractions} or {base.data.fraction: ""}
+
     default, shared = flatten(default_config()), flatten(base)
     experiments, mistakes = [], []
     for name in names:
-        path = folder / f"{name}.py"
-        own = flatten(load_config(path if path.is_file() else find_config(name)))
+        own = flatten(_load_named(name, folder))
         changes = {key: value for key, value in own.items() if value != default.get(key)}
         changes["model.name"] = own["model.name"]  # whatever the comparison's own is
         for key, value in list(changes.items()):
-            of_crops = key.startswith("data.") and not re.match(r"data\.(augment|normalize)", key)
-            if of_crops and value != shared.get(key):
+            own_keys = re.match(r"data\.(augment|normalize|fraction)", key)
+            if key.startswith("data.") and not own_keys and value != shared.get(key):
                 mistakes.append(
                     f"{name}: {key}={value!r} would need other crops than the comparison's "
                     f"{shared.get(key)!r}; set it in the config of the comparison"
                 )
                 del changes[key]  # it may be of another type
-        for seed in seeds:
+        for (share, ending), seed in itertools.product(names_of.items(), seeds):
             config = base.copy_and_resolve_references()
             config.update_from_flattened_dict(changes)
             config.seed, config.data.seed = seed, data_seed(base)
-            experiments.append(Experiment(name, seed, config))
+            if fractions:
+                config.data.fraction = share
+                config.train.num_epochs = round(config.train.num_epochs / share)
+                config.optim.freeze_epochs = round(config.optim.freeze_epochs / share)
+            experiments.append(Experiment(name + ending, seed, config))
         try:
             validate(config)
         except Error as error:
@@ -301,6 +315,49 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     if mistakes:
         raise Error("the comparison has mistakes:\n  " + "\n  ".join(mistakes))
     return base, experiments
+
+
+def expand_cross_validation(config: ConfigDict, folder: Path) -> tuple[ConfigDict, int, bool]:
+    """Turns the config of a cross-validation into that of its runs.
+
+    This is the experiment's, with all in which the cross-validation's differs from `default.py`.
+
+    Args:
+      config: a config with the keys `experiment`, `folds` and `keep_test`.
+      folder: where the config file of the experiment is; ours are found too.
+
+    Returns:
+      The config of a run, whose `data.fold` is to be set, validated; and both other keys.
+
+    Raises:
+      Error: lists what is wrong.
+    """
+    base = config.copy_and_resolve_references().unlock()
+    keys = ("experiment", "folds", "keep_test")
+    name, folds, keep_test = map(base.get, keys)
+    _remove(base, *keys)
+    if name is None or type(folds) is not int or folds < 0 or folds == 1 or base.data.fold:
+        raise Error(
+            "a cross-validation needs the keys experiment, folds (2 or more, or 0 to leave out one "
+            "group after another) and keep_test, and no data.fold; see configs/cross_validate.py"
+        )
+    default, run = flatten(default_config()), _load_named(name, folder).unlock()
+    changes = {key: value for key, value in flatten(base).items() if value != default.get(key)}
+    run.update_from_flattened_dict(changes)
+    validate(run)
+    return run, folds, keep_test
+
+
+def _remove(config: ConfigDict, *keys: str) -> None:
+    for key in keys:
+        if key in config:
+            del config[key]
+
+
+def _load_named(name: str, folder: Path) -> ConfigDict:
+    """Returns the config of an experiment from a folder, or of ours."""
+    path = folder / f"{name}.py"
+    return load_config(path if path.is_file() else find_config(name))
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

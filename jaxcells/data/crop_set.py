@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcells.data.crops import Crop, CropSettings, draw_crops
+from jaxcells.data.crops import Crop, CropSettings, draw_crops, fold_of_fields
 from jaxcells.data.fields import SPLITS, Field, find_fields, image_notes, is_hidden, usable_fields
 from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image, write_crop
@@ -94,6 +94,7 @@ class CropSet:
       split_by: as in `settings`, or "group" where the groups are those of a sheet.
       field_kinds: for every class, the counts of its images' sizes, channels, dtypes and suffixes.
       notes: what was left out or interpreted on the way.
+      num_folds: of the cross-validation whose fold this set is; 0 of any other set.
     """
 
     directory: Path
@@ -107,6 +108,7 @@ class CropSet:
     split_by: str
     field_kinds: Mapping[str, Mapping[str, Mapping[str, int]]]
     notes: tuple[str, ...]
+    num_folds: int
 
     def split(self, name: str) -> list[CropRecord]:
         """Returns the records of one split, in the order of the manifest."""
@@ -168,8 +170,8 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     listed = some([f"{label} {number}" for label, number in sorted(per_class.items())])
     logger.info("found %d images: %s", len(used), listed)
 
-    effective = dataclasses.replace(settings, crop_size=size, split_by=split_by)
-    crops = draw_crops(used, effective, places)
+    actual = dataclasses.replace(settings, crop_size=size, split_by=split_by)
+    crops = draw_crops(used, actual, places)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     records, hashes = _write_crops(partial, crops, size, settings.plane)
@@ -186,6 +188,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         "split_by": split_by,
         "field_kinds": _field_kinds(used),
         "notes": notes,
+        "num_folds": max(fold_of_fields(used, actual).values(), default=0),
     }
     write_json(partial / "crop_set.json", description)
     partial.rename(directory)

@@ -93,6 +93,29 @@ def test_copies_under_other_names_are_found_though_their_crops_differ(tmp_path):
     assert "in two classes, such as A/field5.png and B/of_a.png" in in_classes
 
 
+def test_a_fold_may_share_fields_between_train_and_val_and_nothing_with_test(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 2, "B": 3})
+    result, crop_set = audit(tmp_path, root, fold="1/0 all")  # tests a field of A alone
+    assert result.errors == ()
+    assert result.counts["test"]["B"]["crops"] == 0
+    (shared,) = result.warnings
+    assert "1 groups give crops to train and val of this fold" in shared
+    assert "A/field1.png" in shared
+    last = describe_audit(result, crop_set.class_names).splitlines()[-1]
+    assert last == "audit passed: nothing that is tested stands in another split"
+
+    arrays = open_arrays(crop_set, tmp_path / "arrays")
+    *others, tested = crop_set.records
+    for split in ("train", "val"):
+        known = next(r for r in others if r.split == split)
+        moved = dataclasses.replace(tested, source=known.source, group=known.group)
+        leaking = audit_crops(dataclasses.replace(crop_set, records=(*others, moved)), arrays)
+        assert [error[:20] for error in leaking.errors[:2]] == [
+            "1 images in two spli",
+            "1 groups in two spli",
+        ]
+
+
 def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 2, "B": 2})
     result, crop_set = audit(tmp_path, root, split_by="crop")

@@ -1,14 +1,17 @@
 import collections
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from jaxcells import Error
-from jaxcells.data.crops import CropSettings, _distinct, draw_crops
+from jaxcells.data.crops import CropSettings, _distinct, draw_crops, fold_of_fields
 from jaxcells.data.fields import SPLITS, find_fields
 from jaxcells.data.foreground import foreground_fraction, foreground_map
+from jaxcells.data.splits import with_groups
 from tests.data.folders import make_fields, write_image
+from tests.data.test_splits import random_fields
 
 SETTINGS = CropSettings(seed=0, crop_size=200, crops_per_class=954, split=(754, 100, 100))
 
@@ -199,3 +202,118 @@ def test_near_empty_crops_are_redrawn(tmp_path):
     assert min(foreground_fraction(blocks, c.y, c.x, 64, 64) for c in free) == 0
     with pytest.raises(Error, match=r"0\.png: \d+ crops.* 0 were found \(the fullest has 1\.00"):
         draw(fields, **settings, min_foreground=1.01)
+
+
+def split_of_fields(crops):
+    """{split: names of its fields}."""
+    found = {split: set() for split in SPLITS}
+    for crop in crops:
+        found[crop.split].add(crop.field.name)
+    return found
+
+
+def draw_all(fields, of, ending="", **changes):
+    """The crops of every fold."""
+    number = len(set(fold_of_fields(fields, settings(f"1/{of}{ending}", **changes)).values()))
+    folds = [f"{n}/{of}{ending}" for n in range(1, number + 1)]
+    return [draw_crops(fields, settings(fold, **changes)) for fold in folds]
+
+
+def settings(fold, **changes):
+    return dataclasses.replace(SETTINGS, fold=fold, **changes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "of", "split_by"),
+    [
+        ({"A": 16, "B": 7}, "5", "field"),
+        ({"A": 4, "B": 4}, "0", "field"),
+        ({"A": 3, "B": 5}, "2", "field"),  # one of A is the test split: two are left
+        ({"A/1": 9, "A/2": 4, "B": 6}, "3", "field"),
+        ({"A": 10, "B": 10}, "0", r"plate(\d)"),
+        ({"A": 15, "B": 10}, "3", r"plate(\d)"),
+    ],
+)
+def test_each_field_is_tested_once_by_what_saw_neither_it_nor_its_group(layout, of, split_by):
+    fields = with_groups(make_fields(layout), split_by)
+    group = {field.name: field.group for field in fields}
+    plain = split_of_fields(draw(fields, split_by=split_by))
+    tested, shares = collections.Counter(), collections.Counter()
+    for crops in draw_all(fields, of, split_by=split_by):
+        found = split_of_fields(crops)
+        trained = found["train"] | found["val"]
+        assert {group[n] for n in trained}.isdisjoint(group[n] for n in found["test"])
+        assert trained | found["test"] == plain["train"] | plain["val"]  # the test split is shut
+        tested.update(found["test"])
+        shares.update(crop.field.name for crop in crops if crop.split == "test")
+        counts = collections.Counter((c.field.label, c.split) for c in crops)
+        for label in "AB":
+            assert (counts[label, "train"], counts[label, "val"]) == (754, 100)
+        places = collections.Counter((c.field.name, c.y, c.x) for c in crops)
+        assert max(places.values()) == 1
+    assert tested == dict.fromkeys(plain["train"] | plain["val"], 1)
+    # Each field of a channel weighs the same, whichever fold it is in.
+    for label in "AB":
+        of_class = [f for f in fields if f.label == label and f.name in tested]
+        assert sum(shares[f.name] for f in of_class) == 954
+        for channel in {f.channel for f in of_class}:
+            numbers = [shares[f.name] for f in of_class if f.channel == channel]
+            assert max(numbers) - min(numbers) <= 1
+
+
+@pytest.mark.parametrize("of", ["0", "2"])
+def test_two_fields_of_a_class_are_enough_without_a_test_split(of):
+    fields = make_fields({"A": 2, "B": 3})
+    tested = []
+    for crops in draw_all(fields, of, " all"):
+        found = split_of_fields(crops)
+        tested += found["test"]
+        assert found["test"].isdisjoint(found["train"] | found["val"])
+        counts = collections.Counter((c.field.label, c.split) for c in crops)
+        assert all(counts[label, "val"] == 100 for label in "AB")
+        left = [n for n in found["train"] | found["val"] if n.startswith("A")]
+        if len(left) == 1:  # its crops are divided
+            assert set(left) <= found["train"] & found["val"]
+    assert sorted(tested) == [field.name for field in fields]
+
+
+def test_random_groups_shared_by_classes_are_tested_once():
+    few = {"crops_per_class": 40, "split": (24, 8, 8)}
+    for seed in range(12):
+        fields = random_fields(seed)
+        try:
+            folds = draw_all(fields, "2", " all", **few, seed=seed, split_by=r"(.)")
+        except Error as error:
+            assert re.search("no way|are needed", str(error))  # noqa: PT017
+            continue
+        tested = collections.Counter()
+        for crops in folds:
+            groups = {s: {c.field.group for c in crops if c.split == s} for s in SPLITS}
+            assert groups["test"].isdisjoint(groups["train"] | groups["val"])
+            tested.update(split_of_fields(crops)["test"])
+            for split in ("train", "val"):
+                labels = {c.field.label for c in crops if c.split == split}
+                assert labels == {field.label for field in fields}
+        assert tested == dict.fromkeys((field.name for field in fields), 1)
+
+
+def test_batches_are_left_out_and_groups_stay_whole():
+    fields = make_fields({"A": 10, "B": 10})
+    plain = split_of_fields(draw(fields))
+    for crops in draw_all(fields, "batch", batch_by=r"(plate\d)"):
+        found = split_of_fields(crops)
+        (batch,) = {name[2:8] for name in found["test"]}
+        assert batch not in {name[2:8] for name in found["train"] | found["val"]}
+        assert plain["test"].isdisjoint(set().union(*found.values()))
+
+
+def test_folds_of_a_folder_that_came_split_and_of_whole_images():
+    fields = with_splits(make_fields({"A": 6}), ("train", "train", "val", "val", "test", "test"))
+    shut = {fields[4].name, fields[5].name}
+    for crops in draw_all(fields, "2"):
+        assert shut.isdisjoint(set().union(*split_of_fields(crops).values()))
+    assert len(draw_all(fields, "0", " all")) == 6
+    whole = draw_all(make_fields({"A": 9, "B": 4}), "2", " all", crop_size=0)
+    assert sum(crop.split == "test" for crops in whole for crop in crops) == 13
+    with pytest.raises(Error, match=r"data\.fold=9/0 all: there are 4 folds"):
+        draw_crops(make_fields({"A": 2, "B": 2}), settings("9/0 all"))
