@@ -5,10 +5,10 @@ not known; what else a value must be stands in the tables below.
 """
 
 import dataclasses
-import importlib
 import itertools
 import math
 import re
+import runpy
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -37,6 +37,7 @@ def _is_expression(text: object) -> bool:
 
 
 _SOURCE = re.compile(r"|folder|sample|tfds:.+")
+_SHEET = re.compile(r"|.+\.[ct]sv", re.IGNORECASE)
 _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "init": (
         lambda x: x in ("imagenet", "random") or (x and Path(x).expanduser().exists()),
@@ -51,6 +52,8 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "data.seed": (lambda x: -1 <= x < 2**32, f"from 0 to {2**32 - 1}, or -1 for that of the run"),
     "model.width": (lambda x: 1 <= x <= 1024, "from 1 to 1024"),
     "data.source": (_SOURCE.fullmatch, "folder, sample, tfds:NAME or empty"),
+    "data.sheet": (_SHEET.fullmatch, "a .csv or .tsv file (save a spreadsheet as CSV in UTF-8)"),
+    "data.crops_per_class": (lambda x: x == "all" or str(x).isdecimal(), "a whole number or all"),
     "data.crop_size": (lambda x: x == 0 or x >= 32, "32 or more, or 0 to use images whole"),
     "data.split": (
         lambda x: len(x) == 3 and all(isinstance(n, int) and n >= 1 for n in x),
@@ -61,6 +64,10 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
         "four whole numbers: top, right, bottom, left",
     ),
     "data.fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "data.batch_by": (
+        lambda x: not x or (_is_expression(x) and re.compile(x).groups),
+        "a regular expression whose group 1 is the batch, or empty",
+    ),
     "data.exclude": (_is_expression, "a regular expression, or empty"),
     "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "data.augment.intensity": (lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -105,10 +112,10 @@ def load_config(path: Path) -> ConfigDict:
       Error: the file has no such function.
     """
     let_configs_import(path.parent)
-    module = importlib.import_module(f"configs.{path.stem}")
-    if not hasattr(module, "get_config"):
+    defined = runpy.run_path(str(path))
+    if "get_config" not in defined:
         raise Error(f"{path}: the file defines no get_config(); see configs/default.py")
-    config: ConfigDict = module.get_config()
+    config: ConfigDict = defined["get_config"]()
     return config
 
 
@@ -153,8 +160,6 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     ]
     if data.split_by not in ("field", "channel", "crop"):
         parsers.append((compile_group_pattern, data.split_by))
-    if data.batch_by or "batch" in data.fold:
-        parsers.append((lambda text: compile_group_pattern(text, "data.batch_by"), data.batch_by))
     if data.fold:
         parsers.append((parse_fold, data.fold))
     for parse, value in parsers:
@@ -164,15 +169,22 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
             yield str(error)
     if config.init == "imagenet" and model.width != 64:
         yield f"model.width={model.width} does not fit init=imagenet, whose width is 64"
+    if data.sheet and (data.root or data.source):
+        yield "data.sheet says where the images are; leave data.root and data.source empty"
+    if data.mask and (data.min_foreground or not data.crop_size):
+        yield "data.mask centres crops on cells: set data.crop_size, and data.min_foreground=0"
     if data.source == "folder" and not data.root:
         yield "data.source='folder' needs a folder; set data.root=FOLDER"
-    if data.crop_size and "data.split" not in wrong and sum(data.split) != data.crops_per_class:
+    unclear = data.crops_per_class == "all" or {"data.split", "data.crops_per_class"} & wrong
+    if data.crop_size and not unclear and sum(data.split) != data.crops_per_class:
         held_out = max(1, round(data.crops_per_class * 100 / 954))
         suggestion = f"{data.crops_per_class - 2 * held_out},{held_out},{held_out}"
         yield (
             f"data.split={tuple(data.split)} sums to {sum(data.split)}, and data.crops_per_class "
             f"is {data.crops_per_class}; for instance data.split={suggestion}"
         )
+    if "batch" in data.fold and not data.batch_by:
+        yield f"data.fold={data.fold!r} needs data.batch_by, which finds the batch of an image"
     if data.fold and data.crop_size and data.split_by == "crop":
         yield "data.fold leaves whole groups out, which data.split_by=crop divides; use field"
     if optim.freeze_epochs and not optim.freeze:
@@ -185,8 +197,8 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
 
 
 def data_source(config: ConfigDict) -> str:
-    """Returns "folder", "sample" or "tfds:NAME"."""
-    return config.data.source or ("folder" if config.data.root else "sample")
+    """Returns "folder" (with a sheet too), "sample" or "tfds:NAME"."""
+    return config.data.source or ("folder" if config.data.root or config.data.sheet else "sample")
 
 
 def data_seed(config: ConfigDict) -> int:
@@ -283,13 +295,14 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
         own = flatten(_load_named(name, folder))
         changes = {key: value for key, value in own.items() if value != default.get(key)}
         changes["model.name"] = own["model.name"]  # whatever the comparison's own is
-        for key, value in changes.items():
+        for key, value in list(changes.items()):
             own_keys = re.match(r"data\.(augment|normalize|fraction)", key)
             if key.startswith("data.") and not own_keys and value != shared.get(key):
                 mistakes.append(
                     f"{name}: {key}={value!r} would need other crops than the comparison's "
                     f"{shared.get(key)!r}; set it in the config of the comparison"
                 )
+                del changes[key]  # it may be of another type
         for (share, ending), seed in itertools.product(names_of.items(), seeds):
             config = base.copy_and_resolve_references()
             config.update_from_flattened_dict(changes)
@@ -354,10 +367,12 @@ def _load_named(name: str, folder: Path) -> ConfigDict:
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns the keys in which two configs differ, with both values.
 
-    `data.root` is left out: a folder may move, and its images are compared with the crop set.
+    `data.root` and `data.sheet` are left out: a folder may move, and its images are compared with
+    the crop set.
     """
     before, after = flatten(old), flatten(new)
-    before["data.root"] = after["data.root"] = ""
+    for values in (before, after):
+        values["data.root"] = values["data.sheet"] = ""
     return [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -86,6 +86,7 @@ def test_all_mistakes_are_reported_at_once():
         data__plane="seven",
         data__normalize="minmax",
         data__exclude="(",
+        data__batch_by="plate",
         optim__learning_rate=0.0,
         optim__momentum=1.0,
         optim__schedule="linear",
@@ -94,10 +95,11 @@ def test_all_mistakes_are_reported_at_once():
     with pytest.raises(Error) as error:
         validate(config)
     text = str(error.value)
-    assert text.startswith("the config has 14 mistakes:\n")
+    assert text.startswith("the config has 15 mistakes:\n")
     for key in (
         *("seed=-1", "init=", "model.dtype=", "data.split=", "data.split_by="),
         *("data.border=", "data.min_foreground=", "plane", "data.normalize="),
+        *("data.exclude=", "data.batch_by='plate' must be a regular expression whose group 1"),
         *("optim.learning_rate=", "optim.momentum=", "optim.schedule=", "train.batch_size="),
     ):
         assert key in text
@@ -122,8 +124,7 @@ def test_all_mistakes_are_reported_at_once():
         ({"data__fraction": 0.0}, "above 0 and at most 1"),
         ({"data__fold": "2 of 5"}, "must be such as 2/5"),
         ({"data__fold": "2/5", "data__split_by": "crop"}, "which data.split_by=crop divides"),
-        ({"data__fold": "2/batch"}, r"data\.batch_by='' .*no group in parentheses"),
-        ({"data__batch_by": "plate"}, r"data\.batch_by='plate' .*no group in parentheses"),
+        ({"data__fold": "2/batch"}, r"data\.fold='2/batch' needs data\.batch_by"),
     ],
 )
 def test_mistakes_say_what_to_do(values, text):
@@ -173,6 +174,28 @@ def test_stored_configs_compare_by_key(tmp_path):
         "seed was 0, now 1",
         "train.num_epochs was 3, now 4",
     ]
+
+
+def test_all_crops_need_no_sum_and_other_words_are_mistakes():
+    validate(changed(data__crops_per_class="all"))
+    validate(changed(data__crops_per_class=60, data__split=(40, 10, 10)))
+    for value in ("most", -3, 9.5, True):
+        with pytest.raises(Error, match=r"data\.crops_per_class=.* must be a whole number or all"):
+            validate(changed(data__crops_per_class=value))
+
+
+def test_a_sheet_is_in_place_of_a_folder_and_masks_of_random_crops():
+    validate(changed(data__sheet="labels.CSV", data__mask="_mask"))
+    assert data_source(changed(data__sheet="labels.tsv")) == "folder"
+    with pytest.raises(Error, match=r"data\.sheet='a\.xlsx' must be a \.csv or \.tsv file"):
+        validate(changed(data__sheet="a.xlsx"))
+    for values in ({"data__root": "images"}, {"data__source": "sample"}):
+        with pytest.raises(Error, match=r"leave data\.root and data\.source empty"):
+            validate(changed(data__sheet="a.csv", **values))
+    for values in ({"data__crop_size": 0}, {"data__min_foreground": 0.1}):
+        with pytest.raises(Error, match=r"data\.mask centres crops on cells"):
+            validate(changed(data__mask="_mask", **values))
+    assert differences(changed(data__sheet="a.csv"), changed(data__root="b")) == []
 
 
 def cross_validation(**values):

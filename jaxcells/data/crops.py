@@ -10,6 +10,7 @@ import numpy as np
 from jaxcells.data.fields import SPLITS, Field, num_positions
 from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image
+from jaxcells.data.objects import Places
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
 from jaxcells.data.splits import allot, allot_folds, apportion, parse_fold
@@ -23,15 +24,18 @@ class CropSettings:
     Attributes:
       seed: of the positions and the split.
       crop_size: side of a crop in pixels; 0: every image is one crop.
-      crops_per_class: how many crops a class gives; the sum of `split`.
-      split: exact number of crops per class in (train, val, test), each 1 or more; where images are
-        used whole, their ratio.
+      crops_per_class: how many crops a class gives, the sum of `split`; or "all": as many as would
+        lie side by side in its fields, or as its masks have cells.
+      split: exact number of crops per class in (train, val, test), each 1 or more; with "all" or
+        images used whole, their ratio.
       split_by: "field", "channel", "crop" or a regular expression, see `with_groups`. "crop" draws
         first and splits the crops at random, as the reference study did.
       border: pixels left out at the (top, right, bottom, left), such as a burnt-in scale bar.
       min_foreground: crops with a smaller fraction of foreground are redrawn, see `foreground`.
       plane: which plane of a stack to read, see `read_image`.
       exclude: regular expression of images to leave out, see `find_fields`.
+      mask: ending of the names of masks, on whose cells crops are then centred, see `find_cells`. A
+        field gives no more crops than it has cells, so that a class may give fewer than asked for.
       fold: "", or the fold of a cross-validation that this set is, see `parse_fold`: "test" is what
         the fold tests, "val" a part of its training side.
       batch_by: "", or what finds the batch (plate, day) of an image, as `split_by` finds groups.
@@ -39,13 +43,14 @@ class CropSettings:
 
     seed: int
     crop_size: int
-    crops_per_class: int
+    crops_per_class: int | str
     split: tuple[int, int, int]
     split_by: str = "field"
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
     min_foreground: float = 0.0
     plane: str = ""
     exclude: str = ""
+    mask: str = ""
     fold: str = ""
     batch_by: str = ""
 
@@ -73,13 +78,16 @@ class Crop:
     split: str
 
 
-def draw_crops(fields: Sequence[Field], settings: CropSettings) -> list[Crop]:
+def draw_crops(
+    fields: Sequence[Field], settings: CropSettings, places: Places | None = None
+) -> list[Crop]:
     """Draws crops at random through the channels of every class.
 
     In each split every channel of a class gives an equal share (to within one crop), and every
-    field within a channel likewise. Positions are uniform over a field and distinct. The positions
-    in a field follow from (seed, class, field name) alone: neither the order of listing nor other
-    classes change them, and a larger share begins with the same positions.
+    field within a channel likewise; with "all", as many as it has room for. Positions are distinct,
+    and uniform over a field or over its cells. The positions in a field follow from (seed, class,
+    field name) alone: neither the order of listing nor other classes change them, and a larger
+    share begins with the same positions.
 
     A fold trains and validates on as many crops of a class as any set. For testing, fields give
     what they would of `crops_per_class` divided over all that are tested in some fold (and at
@@ -90,6 +98,7 @@ def draw_crops(fields: Sequence[Field], settings: CropSettings) -> list[Crop]:
     Args:
       fields: usable fields with groups set (`usable_fields`, `with_groups`).
       settings: how many crops of what size, and how they are split.
+      places: where crops may lie, see `find_cells`; None: anywhere inside the border.
 
     Raises:
       Error: too few groups for the policy, too few distinct positions, or too little foreground.
@@ -97,11 +106,25 @@ def draw_crops(fields: Sequence[Field], settings: CropSettings) -> list[Crop]:
     fields = sorted(fields, key=lambda field: field.name)
     split_of = _split_of_fields(fields, settings)
     fields = [field for field in fields if field.name in split_of]
-    shares = _shares(fields, split_of, settings) if settings.crop_size else {}
+    if not settings.crop_size:
+        whole = [Crop(field, 0, 0, split_of[field.name]) for field in fields]
+        return _split_at_random(whole, settings)
+    if settings.crops_per_class != "all":
+        shares = _shares(fields, split_of, settings)
+    elif places:
+        shares = {field.name: len(places[field.name]) for field in fields}
+    else:
+        size, border = settings.crop_size, settings.border
+        shares = {f.name: num_positions(f.info, size, border, step=size) for f in fields}
 
     def draw(field: Field) -> list[Crop]:
-        places = _positions(field, shares[field.name], settings) if shares else [(0, 0)]
-        return [Crop(field, y, x, split_of[field.name]) for y, x in places]
+        number, split = shares[field.name], split_of[field.name]
+        if places:
+            rng = named_generator(settings.seed, "cells", field.label, field.name)
+            found = rng.permutation(places[field.name])[:number].tolist()
+        else:
+            found = _positions(field, number, settings)
+        return [Crop(field, y, x, split) for y, x in found]
 
     crops = [c for drawn in parallel_map(draw, fields, title="drawing crops") for c in drawn]
     return _split_at_random(crops, settings)
@@ -139,14 +162,15 @@ def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[st
         trained = [field for field in fields if fold_of.get(field.name, number) != number]
         tested = {name: "test" for name, fold in fold_of.items() if fold == number}
         return _split_training_side(trained, settings) | tested
-    if all(field.split for field in fields):  # the folder came split
-        return {field.name: field.split or "" for field in fields}
-    if settings.split_by == "crop" and settings.crop_size:
+    came = {field.name: field.split for field in fields if field.split}
+    counts = {name: n for name, n in settings.counts.items() if name not in came.values()}
+    if settings.split_by == "crop" and settings.crop_size and not came:
         return {field.name: "" for field in fields}
     # Used whole, an image is a crop: to split crops is to split images.
     split_by = "field" if settings.split_by == "crop" else settings.split_by
-    split_of = allot(fields, settings.counts, split_by=split_by, seed=settings.seed)
-    return {field.name: split_of[field.group] for field in fields}
+    rest = [field for field in fields if not field.split]
+    split_of = allot(rest, counts, split_by=split_by, seed=settings.seed) if rest else {}
+    return came | {field.name: split_of[field.group] for field in rest}
 
 
 def _split_training_side(fields: Sequence[Field], settings: CropSettings) -> dict[str, str]:
@@ -221,8 +245,8 @@ def _positions(field: Field, number: int, settings: CropSettings) -> list[tuple[
         raise Error(
             f"{field.path}: {number} crops of {size}x{size} are to come from this image of "
             f"{field.info.height}x{field.info.width}, and only {capacity} distinct ones fit; lower "
-            "data.crops_per_class (and data.split) or data.crop_size, or add images to class "
-            f"{field.label!r}"
+            "data.crops_per_class (and data.split) or data.crop_size, add images to class "
+            f"{field.label!r}, or set data.crops_per_class=all to take no more than its images hold"
         )
     columns = field.info.width - left - right - size + 1
     rng = named_generator(settings.seed, "positions", field.label, field.name)
@@ -262,7 +286,7 @@ def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:
 
 
 def _split_at_random(crops: Sequence[Crop], settings: CropSettings) -> list[Crop]:
-    """Gives each crop without a split one of its own, in exact numbers per class."""
+    """Gives each crop without a split one: exact numbers per class, or in that ratio."""
     split_crops, counts = [], settings.counts
     for label in sorted({crop.field.label for crop in crops}):
         divided = [crop for crop in crops if crop.field.label == label and not crop.split]

@@ -54,7 +54,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
     with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
         check_config(config, workdir)
         if workdir.results.exists():
-            if config.data.root != read_json(workdir.config)["data"]["root"]:
+            before = read_json(workdir.config)["data"]
+            if (config.data.root, config.data.sheet) != (before["root"], before["sheet"]):
                 prepare_crops(config, workdir)  # refuses other images than those of the run
             results = from_record(RunResults, read_json(workdir.results), workdir.results)
             logger.info("this run is finished; its results are in %s", workdir.results)
@@ -85,7 +86,7 @@ def check_config(config: ConfigDict, workdir: Workdir) -> None:
         if changed:
             raise Error(
                 f"{workdir} was trained with another config: {'; '.join(changed)}; go back to it, "
-                "or choose another workdir"
+                f"or choose another workdir, where init={workdir} starts from its best checkpoint"
             )
 
 
@@ -134,7 +135,7 @@ def make_recipe(config: ConfigDict) -> Recipe:
         model=config.model.to_dict(),
         seed=config.seed,
         normalize=config.data.normalize,
-        **config.data.augment,
+        augmentation=config.data.augment.to_dict(),
         **sgd,
         **config.train,
         **config.checkpoint,
@@ -268,8 +269,8 @@ def _describe_data(config: ConfigDict, data: PreparedData, meta: CheckpointMeta)
     crop_set, images = data.crop_set, data.arrays["train"].images
     return {
         "source": data_source(config),
-        "root": config.data.root,
-        "split_by": "as found" if crop_set.came_split else config.data.split_by,
+        "root": config.data.root or config.data.sheet,
+        "split_by": "as found" if crop_set.came_split else crop_set.split_by,
         "classes": list(crop_set.class_names),
         "crops_per_class": {
             split: {name: count["crops"] for name, count in counts.items()}

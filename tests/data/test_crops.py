@@ -103,6 +103,21 @@ def test_too_few_positions_say_how_many_fit():
         draw(make_fields({"A": 5, "B": 5}, size=(202, 204)))
 
 
+@pytest.mark.parametrize("split_by", ["field", "crop"])
+def test_all_takes_what_lies_side_by_side(split_by):
+    fields = make_fields({"A/1": 10, "A/2": 5}, size=(450, 610)) + make_fields({"B": 4})
+    crops = draw(fields, crops_per_class="all", split_by=split_by, border=(20, 0, 20, 0))
+    per_field = collections.Counter(c.field.name for c in crops)
+    # 410x610 pixels hold 2x3 crops of 200x200, and 260x400 hold 1x2.
+    assert per_field == {f.name: 6 if f.label == "A" else 2 for f in fields}
+    assert len({(c.field.name, c.y, c.x) for c in crops}) == len(crops) == 98
+    counts = collections.Counter((c.field.label, c.split) for c in crops)
+    if split_by == "crop":  # in the ratio 754:100:100
+        assert [counts["A", split] for split in SPLITS] == [72, 9, 9]
+    else:  # whole fields
+        assert all(counts["A", split] % 6 == 0 for split in SPLITS)
+
+
 def test_split_by_crop_shares_fields_and_keeps_exact_counts():
     fields = make_fields({"A": 2, "B": 2})
     crops = draw(fields, split_by="crop")
@@ -120,6 +135,26 @@ def test_whole_images_are_split_in_the_ratio_of_the_counts(split_by):
     assert [counts["A", split] for split in SPLITS] == [79, 10, 11]
     assert [counts["B", split] for split in SPLITS] == [23, 3, 4]
     assert {(c.y, c.x) for c in crops} == {(0, 0)}
+
+
+@pytest.mark.parametrize("split_by", ["field", "crop"])
+@pytest.mark.parametrize("crop_size", [200, 0])
+def test_a_test_split_that_came_alone_is_kept_and_the_rest_divided(split_by, crop_size):
+    splits = ["test"] * 3 + [None] * 10
+    fields = with_splits(make_fields({"A": 13}), splits) + with_splits(
+        make_fields({"B": 13}), splits
+    )
+    crops = draw(fields, split_by=split_by, crop_size=crop_size)
+    came = {field.name: field.split for field in fields}
+    found = collections.defaultdict(set)
+    for crop in crops:
+        assert crop.split == came[crop.field.name] or came[crop.field.name] is None
+        found[crop.field.label, crop.split].add(crop.field.name)
+    # 10 fields in the ratio 754 to 100.
+    numbers = {key: len(names) for key, names in found.items()}
+    assert numbers == {(c, s): n for c in "AB" for s, n in zip(SPLITS, (8, 2, 3), strict=True)}
+    with pytest.raises(Error, match="class 'A' has 1 field and needs at least 2"):
+        draw([field for field in fields if field.split or field.name > "A/plate4_9"])
 
 
 def test_a_split_that_came_with_the_folder_is_kept():
