@@ -64,6 +64,10 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
         "four whole numbers: top, right, bottom, left",
     ),
     "data.fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "data.batch_by": (
+        lambda x: not x or (_is_expression(x) and re.compile(x).groups),
+        "a regular expression whose group 1 is the batch, or empty",
+    ),
     "data.exclude": (_is_expression, "a regular expression, or empty"),
     "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "data.augment.intensity": (lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -156,8 +160,6 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     ]
     if data.split_by not in ("field", "channel", "crop"):
         parsers.append((compile_group_pattern, data.split_by))
-    if data.batch_by or "batch" in data.fold:
-        parsers.append((lambda text: compile_group_pattern(text, "data.batch_by"), data.batch_by))
     if data.fold:
         parsers.append((parse_fold, data.fold))
     for parse, value in parsers:
@@ -181,6 +183,8 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
             f"data.split={tuple(data.split)} sums to {sum(data.split)}, and data.crops_per_class "
             f"is {data.crops_per_class}; for instance data.split={suggestion}"
         )
+    if "batch" in data.fold and not data.batch_by:
+        yield f"data.fold={data.fold!r} needs data.batch_by, which finds the batch of an image"
     if data.fold and data.crop_size and data.split_by == "crop":
         yield "data.fold leaves whole groups out, which data.split_by=crop divides; use field"
     if optim.freeze_epochs and not optim.freeze:

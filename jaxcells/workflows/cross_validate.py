@@ -8,13 +8,13 @@ within.
 import contextlib
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxcells.data.audit import batch_of
 from jaxcells.data.crop_set import open_crop_set
 from jaxcells.data.splits import parse_fold
 from jaxcells.evaluation.comparison_table import Table, as_markdown, as_text
@@ -29,7 +29,6 @@ from jaxcells.files import (
     write_json,
     write_whole,
 )
-from jaxcells.text import some
 from jaxcells.training import mesh
 from jaxcells.training.initialization import Initialization, check_no_leak
 from jaxcells.workflows import train
@@ -152,18 +151,18 @@ def _report(
             continue
         tested, ending = pool_folds(runs), ""
         if kind == "across batches":
-            search, ending = re.compile(config.data.batch_by).search, "_across_batches"
-            batches = [match[1] for match in map(search, tested.sources) if match]
-            records = zip(tested.records, batches, strict=True)
-            in_batches = [dataclasses.replace(record, group=batch) for record, batch in records]
-            tested = dataclasses.replace(tested, records=tuple(in_batches))
+            batches = batch_of(tested.sources.tolist(), config.data.batch_by)
+            pairs = zip(tested.records, batches, strict=True)
+            records = tuple(dataclasses.replace(record, group=batch) for record, batch in pairs)
+            tested, ending = dataclasses.replace(tested, records=records), "_across_batches"
         write_predictions(folder / f"predictions{ending}.csv", tested)
         rows = []
         for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):
             groups = sorted(set(tested.groups[tested.folds == number].tolist()))
             results = read_json(run.results)
             epoch = results["best_step"] * results["num_epochs"] // results["num_steps"]
-            rows.append(_row(kind, run.path.name, some(groups, 1), results["test"], epoch))
+            name = groups[0] if len(groups) == 1 else ""
+            rows.append(_row(kind, run.path.name, name, results["test"], epoch))
         pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
         rows.append(_row(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind], None))
         parts += [f"Cross-validation, {kind}; each fold tests what it was not trained on:"]
