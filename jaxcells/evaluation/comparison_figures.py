@@ -21,15 +21,20 @@ from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_w
 from jaxcells.text import shortened
 
 # More experiments than colours take the next line style.
-_STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
+LINE_STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
 # Units of time, and the seconds up to which each is used.
 _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 
 Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 
-@rc_context(PAGE)
 def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
+    """Write `draw_accuracy_against_time` as a PNG."""
+    save_figure(draw_accuracy_against_time(rows), path, dpi=300)
+
+
+@rc_context(PAGE)
+def draw_accuracy_against_time(rows: Sequence[Row]) -> Figure:
     """Draw balanced accuracy with its 95 % interval against the training time.
 
     Validation, by which the choice is made, is a filled disc; test, a hollow square beside it. The
@@ -37,7 +42,6 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
 
     Args:
       rows: the experiments.
-      path: where the PNG goes.
     """
     longest = max(row.train_s for row in rows)
     unit, seconds, _ = next(entry for entry in _UNITS if longest <= entry[2])
@@ -45,7 +49,7 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots()
     log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows])
     keys = []
-    for row, style in zip(rows, itertools.cycle(_STYLES), strict=False):
+    for row, style in zip(rows, itertools.cycle(LINE_STYLES), strict=False):
         x, y = row.train_s / seconds, row.validation.balanced_accuracy
         _draw_estimate(figure, axes, x, row.validation, style, aside=False)
         _draw_estimate(figure, axes, x, row.test, style, aside=True)
@@ -61,23 +65,27 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
         Line2D([], [], marker="o", ms=11, mfc="none", mew=1.6, label="chosen", **grey),
     ]
     figure.legend(handles=keys, loc="outside right upper")
-    save_figure(figure, path, dpi=300)
+    return figure
+
+
+def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -> None:
+    """Write `draw_curves_together` as a PNG."""
+    save_figure(draw_curves_together(records), path, dpi=300)
 
 
 @rc_context(PAGE)
-def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -> None:
+def draw_curves_together(records: Mapping[str, Sequence[Records]]) -> Figure:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
     Of several seeds each is a thin line and their mean, over the epochs that all have, a thick one.
 
     Args:
       records: {experiment: for each seed the lines of metrics.jsonl}.
-      path: where the PNG goes.
     """
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     keys = []
-    for (name, seeds), style in zip(records.items(), itertools.cycle(_STYLES), strict=False):
+    for (name, seeds), style in zip(records.items(), itertools.cycle(LINE_STYLES), strict=False):
         _draw_seeds(loss_axes, seeds, "train", "loss", style)
         _draw_seeds(accuracy_axes, seeds, "val", "balanced_accuracy", style)
         keys.append(Line2D([], [], lw=1.6, label=name, **style))
@@ -88,7 +96,7 @@ def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5))
-    save_figure(figure, path, dpi=300)
+    return figure
 
 
 def _draw_seeds(

@@ -4,6 +4,7 @@ import itertools
 import operator
 import os
 import textwrap
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,19 @@ _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-@matplotlib.rc_context(PAGE)
 def plot_curves(records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int) -> None:
+    """Writes `draw_curves` as a PNG."""
+    save_figure(draw_curves(records, best_step=best_step), path)
+
+
+@matplotlib.rc_context(PAGE)
+def draw_curves(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    best_step: int,
+    levels: Mapping[str, float] = types.MappingProxyType({}),
+    stacked: bool = False,
+) -> Figure:
     """Draws loss and accuracy against the epoch, for training and validation.
 
     The loss has a logarithmic axis where it asks for one. A validation loss that swings far above
@@ -58,12 +70,13 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path, *, best_step: 
       records: the lines of metrics.jsonl, each with step, epoch, split ("train" or "val"), loss
         and accuracy. Several of one split in one epoch are drawn as their mean; of several with
         the same step the last counts, as after a resumed run.
-      path: where the PNG goes.
       best_step: the step of the chosen checkpoint, marked on the validation curve.
+      levels: accuracies to draw as grey lines, by what they are called.
+      stacked: one panel above the other, for a narrow page.
     """
     curves = {split: epoch_curve(records, split) for split in _STYLE}
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = Figure(figsize=(4.6, 5.6) if stacked else (9, 3.6), layout="constrained")
+    panels = figure.subplots(*((2, 1) if stacked else (1, 2)))
     for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
         for split, curve in curves.items():
             if curve["epoch"].size:
@@ -75,12 +88,16 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path, *, best_step: 
             axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
         axes.set(title=key.capitalize(), xlabel="epoch", ylabel="nats" if key == "loss" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for (name, level), line in zip(levels.items(), itertools.cycle((":", "-."))):
+        panels[1].axhline(level, color="#555555", ls=line, lw=1.1, label=f"{name} ({level:.3f})")
+    for axes in panels:
         axes.legend()
     train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
     log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
     if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
-        figure.supxlabel(_SWING_EXPLAINED, fontsize=8, color="#555555")
-    save_figure(figure, path)
+        text = textwrap.fill(_SWING_EXPLAINED, 70) if stacked else _SWING_EXPLAINED
+        figure.supxlabel(text, fontsize=8, color="#555555")
+    return figure
 
 
 def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
