@@ -67,7 +67,7 @@ def test_a_network_of_ones_own_trains_and_says_what_it_cannot(config, tmp_path, 
             f"model.name=small: {what} needs the segments and names of a residual network, and "
             "this network has none; it can be trained, evaluated and compared"
         )
-    with pytest.raises(Error, match=r"preact with .*, 1001; small$"):
+    with pytest.raises(Error, match=r"one of resnet18, .*, preact1001, small$"):
         models.create_model("smal", num_classes=2)
 
 

@@ -194,8 +194,8 @@ def _shortcuts(field_kinds: Counts) -> Iterator[str]:
         table = np.array([[count.get(value, 0) for value in values] for count in counts.values()])
         shares = table / table.sum(axis=1, keepdims=True)  # [class, value]
         if np.ptp(shares, axis=0).max() > _DIFFERENT:
-            listed = some([f"{label}: {', '.join(sorted(c))}" for label, c in counts.items()])
+            listed = "; ".join(f"{label}: {', '.join(sorted(c))}" for label, c in counts.items())
             yield (
-                f"classes differ in {kind} ({listed}): a shortcut by which a network can tell them "
-                "apart without looking at cells"
+                f"classes differ in {kind} ({shortened(listed, 400)}): a shortcut by which a network "
+                "can tell them apart without looking at cells"
             )

@@ -102,8 +102,8 @@ def draw_references(axes: Axes, **references: float | None) -> None:
     for key, value in references.items():
         name, linestyle = _REFERENCES[key]
         if value is not None:
-            style: dict[str, Any] = {"color": "#777777", "lw": 1, "ls": linestyle, "zorder": 1}
-            axes.axhline(value, label=f"{name} ({value:.3f})", **style)
+            label = f"{name} ({value:.3f})"
+            axes.axhline(value, color="#777777", lw=1, ls=linestyle, label=label)
 
 
 def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
@@ -121,24 +121,19 @@ def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
 
 
 def plot_confusion(
-    confusion: npt.ArrayLike,
-    class_names: Sequence[str],
-    path: Path,
-    *,
-    title: str,
-    footer: str = "",
+    counts: npt.ArrayLike, class_names: Sequence[str], path: Path, *, title: str, footer: str = ""
 ) -> None:
     """Draws a confusion matrix as counts and shares of the row, numbers in names in their order.
 
     Args:
-      confusion: counts [K, K], rows true, columns predicted.
+      counts: [K, K], rows true, columns predicted.
       class_names: the position is the label.
       path: where the PNG goes.
       title: written above the matrix, such as the split with its crops and fields.
       footer: written below it: intervals, and what a reader of the counts must know.
     """
     order = sorted(range(len(class_names)), key=lambda label: natural(class_names[label]))
-    confusion = np.asarray(confusion)[np.ix_(order, order)]
+    confusion = np.asarray(counts)[np.ix_(order, order)]
     num_classes = len(class_names)
     support = confusion.sum(axis=1, keepdims=True)
     share = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)

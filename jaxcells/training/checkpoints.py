@@ -284,8 +284,8 @@ def _checked(folder: Path, item: str) -> Path:
         if name.startswith(f"{item}/") and file_sha256(folder / name) != digest:
             raise Error(
                 f"checkpoint {folder} is damaged ({name} has changed since it was written): "
-                "delete it to go on from the one before, or anew if it is the only one; if it was "
-                "the best, the next best counts as such"
+                "delete that folder to go on from the one before it, or anew if there is none; "
+                "if it was the best, the next best counts as such"
             )
     return folder.absolute() / item
 
