@@ -196,6 +196,6 @@ def _shortcuts(field_kinds: Counts) -> Iterator[str]:
         if np.ptp(shares, axis=0).max() > _DIFFERENT:
             listed = "; ".join(f"{label}: {', '.join(sorted(c))}" for label, c in counts.items())
             yield (
-                f"classes differ in {kind} ({shortened(listed, 400)}): a shortcut by which a network "
-                "can tell them apart without looking at cells"
+                f"classes differ in {kind} ({shortened(listed, 400)}): a shortcut by which a "
+                "network can tell them apart without looking at cells"
             )

@@ -83,7 +83,7 @@ def plot_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     draw_references(panels[1], **references)
     for axes in panels:
-        axes.legend()
+        axes.legend(frameon=True, framealpha=0.9, edgecolor="none")  # lines may run below it
     train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
     log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
     if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
