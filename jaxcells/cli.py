@@ -26,13 +26,14 @@ default runs/<name of the config>. Every key is explained in configs/default.py.
 """
 
 import contextlib
+import difflib
 import errno
 import functools
 import importlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +46,11 @@ from jaxcells.config import (
     expand_comparison,
     find_config,
     flatten,
-    let_configs_import,
+    load_config,
     validate,
 )
 from jaxcells.files import Error, Workdir
-from jaxcells.text import one_line
+from jaxcells.text import some
 
 logger = logging.getLogger("jaxcells")
 
@@ -68,6 +69,8 @@ _WORKDIR_VERBS = {
     "export weights": ("export", "export_weights"),
     "export tfds": ("export", "export_tfds"),
 }
+# What a value must be that cannot be read as what its key's default is.
+_VALUES = {bool: "True or False", int: "a whole number", float: "a number"}
 _NO_CONFIG = "--config is missing; for instance --config demo, see --help"
 
 
@@ -158,32 +161,41 @@ def _parse() -> tuple[str, flags.FlagValues]:
     # `--config NAME` in one word, and NAME as a path.
     text = re.sub(r"\0--?config\0", "\0--config=", "\0".join(sys.argv))
     sys.argv = text.split("\0")
+    known: dict[str, Any] = {}
     for number, argument in enumerate(sys.argv):
         if re.match(r"--?config=", argument):
             path = find_config(argument.partition("=")[2])
-            let_configs_import(path.parent)
+            known = flatten(load_config(path))
+            _check_keys(known)
             sys.argv[number] = f"--config={path}"
     try:
         words = args(sys.argv)[1:] or ["train"]
+    except flags.IllegalFlagValueError as error:
+        flag = re.match(r"flag --(config\.(\S+)=.*?): ", str(error), re.DOTALL)
+        must_be = _VALUES.get(type(known[flag[2]])) if flag else None
+        raise Error(f"--{flag[1]} must be {must_be}" if flag and must_be else str(error)) from error
     except flags.Error as error:
         if not any(re.match(r"--?config=", text) for text in sys.argv):
             raise Error(_NO_CONFIG) from error
         raise Error(f"{error}; see --help") from error
-    except (AttributeError, KeyError) as error:  # how the config library reports an unknown key
-        # It quotes the text of an error within an error.
-        reason = one_line(str(error.args[0]).replace("\\n", " ").replace("\\'", "'"))
-        reason = reason.removeprefix("'").removesuffix("'")
-        if "get_config" in reason:
-            raise Error(
-                "the config's file defines no get_config(); see configs/default.py"
-            ) from error
-        raise Error(
-            f"unknown key in --config.KEY=VALUE: {reason}; see configs/default.py"
-        ) from error
     verb, verbs = " ".join(words), (*_CONFIG_VERBS, *_WORKDIR_VERBS)
     if verb not in verbs:
-        raise Error(f"{verb!r} is not understood; the verbs are {', '.join(verbs)}; see --help")
+        raise Error(f"{verb!r} is not understood; give one verb of {', '.join(verbs)}; see --help")
     return verb, args
+
+
+def _check_keys(known: Collection[str]) -> None:
+    """Refuses keys of the command line that are not known, or are given twice."""
+    given = re.findall(r"\0--?config\.([^=\0]*)", "\0".join(sys.argv))
+    for key in given:
+        if inside := [name for name in known if name.startswith(f"{key}.")]:
+            raise Error(f"--config.{key} is a group of keys, such as {some(inside)}; set these")
+        if key not in known:
+            like = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean --config.{like[0]}? See" if like else "see"
+            raise Error(f"--config.{key} is not a key; {hint} configs/default.py")
+        if given.count(key) > 1:
+            raise Error(f"--config.{key} is given twice; give it once")
 
 
 def _config(args: flags.FlagValues) -> ConfigDict:
@@ -196,7 +208,10 @@ def _config(args: flags.FlagValues) -> ConfigDict:
 
 def _workdir(args: flags.FlagValues) -> Workdir:
     if args.workdir is not None:
-        return Workdir(Path(args.workdir).expanduser())
+        path = Path(args.workdir).expanduser()
+        if not args.workdir or path.is_file():
+            raise Error(f"--workdir={args.workdir} must be a folder, which is made if need be")
+        return Workdir(path)
     if args.config is None:
         raise Error("--workdir is missing; give the folder of a run, see --help")
     return Workdir(Path("runs", Path(args["config"].config_filename).stem))
@@ -229,9 +244,11 @@ def _training() -> Iterator[None]:
 
 
 def _with_flags(message: str) -> str:
-    """Spells keys as flags: `data.root=X` becomes `--config.data.root=X`."""
+    """Spells keys as flags, `data.root=X` as `--config.data.root=X`, and values as in a shell."""
     keys = "|".join(map(re.escape, (*flatten(default_config()), "experiments", "seeds")))
     message = re.sub(rf"(?<![\w.-])({keys})=(?!=)", r"--config.\1=", message)
+    # Python doubles the backslashes of what it quotes.
+    message = re.sub(r"'[^'\n]*'", lambda quoted: quoted[0].replace("\\\\", "\\"), message)
     return message.replace("another workdir", "another --workdir")
 
 
@@ -240,7 +257,8 @@ class _AboveBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = "WARNING: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(warning + _with_flags(self.format(record)), file=sys.stderr)
+        text = self.format(record).removeprefix("note: " if warning else "")
+        tqdm.write(warning + _with_flags(text), file=sys.stderr)
 
 
 def _set_up_logging(*, quiet: bool = False) -> None:

@@ -5,9 +5,9 @@ not known; what else a value must be stands in the tables below.
 """
 
 import dataclasses
-import importlib
 import math
 import re
+import runpy
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -103,10 +103,10 @@ def load_config(path: Path) -> ConfigDict:
       Error: the file has no such function.
     """
     let_configs_import(path.parent)
-    module = importlib.import_module(f"configs.{path.stem}")
-    if not hasattr(module, "get_config"):
+    defined = runpy.run_path(str(path))
+    if "get_config" not in defined:
         raise Error(f"{path}: the file defines no get_config(); see configs/default.py")
-    config: ConfigDict = module.get_config()
+    config: ConfigDict = defined["get_config"]()
     return config
 
 

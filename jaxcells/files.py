@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -198,9 +199,12 @@ def file_sha256(path: Path) -> str:
 def lock_workdir(workdir: Path) -> Iterator[None]:
     """Makes a workdir and keeps other processes out of it; a killed process holds no lock.
 
+    One that was made here and stays empty is removed.
+
     Raises:
       Error: another process holds it.
     """
+    is_new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(workdir / ".lock", timeout=0)
     try:
@@ -212,4 +216,6 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if is_new and os.listdir(workdir) == [".lock"]:  # what was asked for was refused
+            shutil.rmtree(workdir, ignore_errors=True)
         lock.release()

@@ -15,6 +15,18 @@ def shortened(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}…{text[-tail:]}"
 
 
+def shortened_apart(texts: Sequence[str], width: int) -> list[str]:
+    """All shortened to one width, which is larger where different texts would become alike."""
+    while len({shortened(text, width) for text in texts}) < len(set(texts)):
+        width += 1
+    return [shortened(text, width) for text in texts]
+
+
+def natural(text: str) -> list[str | int]:
+    """A key to sort by in which numbers count as such: day 2, day 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+
 def one_line(text: object) -> str:
     """`text` with all runs of white space as single spaces."""
     return " ".join(str(text).split())

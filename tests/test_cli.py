@@ -48,17 +48,27 @@ def test_help_fits_a_screen_and_shows_three_examples(launch):
         ("--config.train.num_epochs=3", "--config is missing"),
         ("--config configs/none.py", "there is no file configs/none.py, nor a config of ours"),
         ("--config", "--config"),
-        ("fly --config demo", "'fly' is not understood; the verbs are train"),
-        ("train crop --config demo", "'train crop' is not understood"),
+        ("fly --config demo", "'fly' is not understood; give one verb of train"),
+        ("train crop --config demo", "'train crop' is not understood; give one verb of train"),
+        ("--config demo --config.num_epochs=3", "did you mean --config.train.num_epochs? See"),
+        ("--config demo --config.quux=3", "--config.quux is not a key; see configs/default.py"),
+        ("--config demo --config.seeds=3", "seeds is not a key; did you mean --config.seed?"),
+        ("--config demo --config.seed=1 --config.seed=1", "--config.seed is given twice"),
+        ("--config demo --config.data=x", "--config.data is a group of keys, such as data.augment"),
+        ("--config demo --config.data.augment.dihedral=yes", "=yes must be True or False"),
+        ("--config demo --config.optim.momentum=x", "--config.optim.momentum=x must be a number"),
+        (r"--config demo --config.data.exclude=\d(", r"--config.data.exclude='\d(' must be"),
+        ("--config demo --workdir=", "--workdir= must be a folder"),
+        ("--config demo --workdir=README.md", "--workdir=README.md must be a folder"),
         ("--config demo --wrkdir=x", "wrkdir"),
-        ("--config demo --config.train.epochs=3", "unknown key in --config.KEY=VALUE: 'epochs'"),
-        ("--config demo --config.train.num_epochs=many", "num_epochs"),
+        ("--config demo --config.train.epochs=3", "did you mean --config.train.num_epochs?"),
+        ("--config demo --config.train.num_epochs=many", "=many must be a whole number"),
         ("--config demo --config.seed=-1 --config.train.batch_size=1", "2 mistakes"),
         ("--config demo --config.data.source=folder", "set --config.data.root=FOLDER"),
         ("--config compare", "run `compare` with it, not `train`"),
         ("compare --config demo", "needs the keys experiments and seeds"),
         ("compare --config compare --config.experiments=resnet19", "no file resnet19"),
-        ("export --workdir nowhere", "the verbs are train"),
+        ("export --workdir nowhere", "export weights, export tfds; see --help"),
         ("export weights --workdir nowhere", "nowhere: no such workdir"),
         ("evaluate", "--workdir is missing"),
         ("evaluate --workdir configs --checkpoint=first", "must be best, latest or a step"),
@@ -86,6 +96,22 @@ def test_keys_in_messages_are_spelt_as_flags():
         "not data.seed or x.init=2"
     )
     assert cli._with_flags("choose another workdir") == "choose another --workdir"
+
+
+def test_a_refused_command_leaves_no_folder(launch, tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 4, "B": 4})
+    for folder, wrong in ((root / "run", root), (tmp_path / "run", tmp_path / "nowhere")):
+        arguments = ("crop", "--config", "default", f"--config.data.root={wrong}", *SMALL)
+        assert launch(*arguments, "--workdir", folder)[0] == 2
+        assert not folder.exists()
+
+
+def test_warnings_say_so_once(launch, capsys):
+    launch("--help")
+    cli._set_up_logging()
+    logging.getLogger("jaxcells").warning("note: outlines")
+    logging.getLogger("jaxcells").info("note: images")
+    assert capsys.readouterr().err == "WARNING: outlines\nnote: images\n"
 
 
 def test_crop_and_check_run_without_jax_and_by_name_from_any_folder(tmp_path):

@@ -19,6 +19,14 @@ def test_numbers_amounts_and_durations():
 def test_lines_and_lists():
     assert text.shortened("HE 22", 6) == "HE 22"
     assert text.shortened("x" * 30 + " passage 12", 24) == "x" * 15 + "…ssage 12"
+    alike = ["x" * 30 + middle + "y" * 30 for middle in "12"]
+    assert text.shortened_apart([*alike, "z"], 12) == [
+        f"{'x' * 30}{n}…{'y' * 15}" for n in "12"
+    ] + ["z"]
+    assert text.shortened_apart(["same", "same"], 3) == ["s…e"] * 2
+    assert sorted(["p 10", "p 9 b", "p 9", "2", "a"], key=text.natural) == [
+        *("2", "a", "p 9", "p 9 b", "p 10")
+    ]
     assert text.one_line(" a\n  b\tc ") == "a b c"
     assert text.some(["a", "b", "c", "d"]) == "a, b, c, d"
     assert text.some(["a", "b", "c", "d"], 2) == "a, b, … 2 more"

@@ -11,7 +11,7 @@ from jaxcells.data.crop_set import CropRecord, CropSet
 from jaxcells.data.fields import SPLITS
 from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
-from jaxcells.text import shortened, text_table
+from jaxcells.text import shortened, some, text_table
 
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 
@@ -102,7 +102,7 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
         fields = {name: count["fields"] for name, count in counts[split].items()}
         if few := [f"{name} {number}" for name, number in fields.items() if number < _FEW_FIELDS]:
             warnings.append(
-                f"few independent fields in {split} ({', '.join(few)}): crops of one field are "
+                f"few independent fields in {split} ({some(few)}): crops of one field are "
                 "alike, so its intervals are wide or cannot be trusted"
             )
     crops = {name: count["crops"] for name, count in counts["train"].items()}
@@ -196,6 +196,6 @@ def _shortcuts(field_kinds: Counts) -> Iterator[str]:
         if np.ptp(shares, axis=0).max() > _DIFFERENT:
             listed = "; ".join(f"{label}: {', '.join(sorted(c))}" for label, c in counts.items())
             yield (
-                f"classes differ in {kind} ({listed}): a shortcut by which a network can tell them "
-                "apart without looking at cells"
+                f"classes differ in {kind} ({shortened(listed, 400)}): a shortcut by which a "
+                "network can tell them apart without looking at cells"
             )

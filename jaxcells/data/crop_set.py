@@ -156,7 +156,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         level = logging.WARNING if "data.exclude" in note else logging.INFO
         logger.log(level, "note: %s", note)
     per_class = collections.Counter(field.label for field in used)
-    listed = ", ".join(f"{label} {number}" for label, number in sorted(per_class.items()))
+    listed = some([f"{label} {number}" for label, number in sorted(per_class.items())])
     logger.info("found %d images: %s", len(used), listed)
 
     crops = draw_crops(used, dataclasses.replace(settings, crop_size=size))

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from cycler import cycler
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
 
+from jaxcells.evaluation import figures
 from jaxcells.evaluation.comparison import Estimate
 from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_wide, save_figure
-from jaxcells.text import shortened
+from jaxcells.text import shortened_apart
 
 # More experiments than colours take the next line style.
 LINE_STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
@@ -28,13 +30,13 @@ _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 
-def plot_accuracy_against_time(rows: Sequence[Row], path: Path) -> None:
+def plot_accuracy_against_time(rows: Sequence[Row], path: Path, **references: float | None) -> None:
     """Write `draw_accuracy_against_time` as a PNG."""
-    save_figure(draw_accuracy_against_time(rows), path, dpi=300)
+    save_figure(draw_accuracy_against_time(rows, **references), path, dpi=300)
 
 
 @rc_context(PAGE)
-def draw_accuracy_against_time(rows: Sequence[Row]) -> Figure:
+def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) -> Figure:
     """Draw balanced accuracy with its 95 % interval against the training time.
 
     Validation, by which the choice is made, is a filled disc; test, a hollow square beside it. The
@@ -42,53 +44,64 @@ def draw_accuracy_against_time(rows: Sequence[Row]) -> Figure:
 
     Args:
       rows: the experiments.
+      **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
     """
     longest = max(row.train_s for row in rows)
     unit, seconds, _ = next(entry for entry in _UNITS if longest <= entry[2])
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
     log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows])
-    keys = []
-    for row, style in zip(rows, itertools.cycle(LINE_STYLES), strict=False):
+    keys: list[Artist] = []
+    names = shortened_apart([row.name for row in rows], 28)
+    for row, name, style in zip(rows, names, itertools.cycle(LINE_STYLES), strict=False):
         x, y = row.train_s / seconds, row.validation.balanced_accuracy
         _draw_estimate(figure, axes, x, row.validation, style, aside=False)
         _draw_estimate(figure, axes, x, row.test, style, aside=True)
         if row.chosen:
             axes.plot(x, y, "o", ms=14, mfc="none", mec=style["color"], mew=1.6)
-        keys.append(Line2D([], [], marker="o", ms=6, label=shortened(row.name, 28), **style))
+        keys.append(Line2D([], [], marker="o", ms=6, label=name, **style))
     axes.margins(x=0.08)
+    figures.draw_references(axes, **references)
     axes.set(xlabel=f"training time ({unit})", ylabel="balanced accuracy")
     grey: dict[str, Any] = {"color": "#555555", "linestyle": "none"}
     keys += [
         Line2D([], [], marker="o", ms=6, label="validation", **grey),
         Line2D([], [], marker="s", ms=5, mfc="white", label="test (moved aside)", **grey),
         Line2D([], [], marker="o", ms=11, mfc="none", mew=1.6, label="chosen", **grey),
+        *axes.get_legend_handles_labels()[0],
     ]
     figure.legend(handles=keys, loc="outside right upper")
     return figure
 
 
-def plot_curves_together(records: Mapping[str, Sequence[Records]], path: Path) -> None:
+def plot_curves_together(
+    records: Mapping[str, Sequence[Records]], path: Path, **references: float | None
+) -> None:
     """Write `draw_curves_together` as a PNG."""
-    save_figure(draw_curves_together(records), path, dpi=300)
+    save_figure(draw_curves_together(records, **references), path, dpi=300)
 
 
 @rc_context(PAGE)
-def draw_curves_together(records: Mapping[str, Sequence[Records]]) -> Figure:
+def draw_curves_together(
+    records: Mapping[str, Sequence[Records]], **references: float | None
+) -> Figure:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
     Of several seeds each is a thin line and their mean, over the epochs that all have, a thick one.
 
     Args:
       records: {experiment: for each seed the lines of metrics.jsonl}.
+      **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
     """
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    keys = []
+    keys: list[Artist] = []
     for (name, seeds), style in zip(records.items(), itertools.cycle(LINE_STYLES), strict=False):
         _draw_seeds(loss_axes, seeds, "train", "loss", style)
         _draw_seeds(accuracy_axes, seeds, "val", "balanced_accuracy", style)
         keys.append(Line2D([], [], lw=1.6, label=name, **style))
+    figures.draw_references(accuracy_axes, **references)
+    keys += accuracy_axes.get_legend_handles_labels()[0]
     losses = [loss for line in loss_axes.get_lines() for loss in line.get_ydata()]
     log_axis_if_wide(loss_axes.yaxis, losses)
     loss_axes.set(title="Training loss (nats)", xlabel="epoch")

@@ -4,7 +4,6 @@ import itertools
 import operator
 import os
 import textwrap
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from jaxcells.text import shortened
+from jaxcells.text import natural, shortened_apart
 
 # Okabe and Ito 2008, told apart with every common colour vision: blue, vermillion, green, purple,
 # orange, sky blue, black; without the yellow, which is lost on white.
@@ -38,6 +38,8 @@ _STYLE: dict[str, dict[str, Any]] = {  # the lines differ in grey too
     "val": {"color": COLORS[1], "linestyle": "-", "label": "validation"},
 }
 _WORTH_A_LOGARITHM = 4  # ratio of the largest to the smallest value
+_REFERENCES = {"chance": ("chance", ":"), "brightness": ("brightness alone, test", "-.")}
+_DARK = 128  # 8-bit images are, if 99.5 % of their pixels are below this
 _SWING_EXPLAINED = (
     "With batch norm, validation often swings in the first epochs: it uses running statistics, "
     "which lag behind a network that still changes fast."
@@ -48,9 +50,11 @@ _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-def plot_curves(records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int) -> None:
+def plot_curves(
+    records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int, **references: float | None
+) -> None:
     """Writes `draw_curves` as a PNG."""
-    save_figure(draw_curves(records, best_step=best_step), path)
+    save_figure(draw_curves(records, best_step=best_step, **references), path)
 
 
 @matplotlib.rc_context(PAGE)
@@ -58,8 +62,8 @@ def draw_curves(
     records: Sequence[Mapping[str, Any]],
     *,
     best_step: int,
-    levels: Mapping[str, float] = types.MappingProxyType({}),
     stacked: bool = False,
+    **references: float | None,
 ) -> Figure:
     """Draws loss and accuracy against the epoch, for training and validation.
 
@@ -71,8 +75,8 @@ def draw_curves(
         and accuracy. Several of one split in one epoch are drawn as their mean; of several with
         the same step the last counts, as after a resumed run.
       best_step: the step of the chosen checkpoint, marked on the validation curve.
-      levels: accuracies to draw as grey lines, by what they are called.
       stacked: one panel above the other, for a narrow page.
+      **references: `chance` and `brightness`, see `draw_references`.
     """
     curves = {split: epoch_curve(records, split) for split in _STYLE}
     figure = Figure(figsize=(4.6, 5.6) if stacked else (9, 3.6), layout="constrained")
@@ -88,16 +92,30 @@ def draw_curves(
             axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
         axes.set(title=key.capitalize(), xlabel="epoch", ylabel="nats" if key == "loss" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for (name, level), line in zip(levels.items(), itertools.cycle((":", "-."))):
-        panels[1].axhline(level, color="#555555", ls=line, lw=1.1, label=f"{name} ({level:.3f})")
+    draw_references(panels[1], **references)
     for axes in panels:
-        axes.legend()
+        axes.legend(frameon=True, framealpha=0.9, edgecolor="none")  # lines may run below it
     train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
     log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
     if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
         text = textwrap.fill(_SWING_EXPLAINED, 70) if stacked else _SWING_EXPLAINED
         figure.supxlabel(text, fontsize=8, color="#555555")
     return figure
+
+
+def draw_references(axes: Axes, **references: float | None) -> None:
+    """Draws what an accuracy must beat as horizontal lines that explain themselves.
+
+    Args:
+      axes: whose y axis is an accuracy.
+      **references: `chance`, the accuracy of guessing, such as 1 / K; and `brightness`, that of
+        brightness and contrast alone on the test split. None draws no line.
+    """
+    for key, value in references.items():
+        name, linestyle = _REFERENCES[key]
+        if value is not None:
+            label = f"{name} ({value:.3f})"
+            axes.axhline(value, color="#777777", lw=1, ls=linestyle, label=label)
 
 
 def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
@@ -115,10 +133,19 @@ def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
 
 
 def plot_confusion(
-    confusion: npt.ArrayLike, class_names: Sequence[str], path: Path, *, title: str
+    counts: npt.ArrayLike, class_names: Sequence[str], path: Path, *, title: str, footer: str = ""
 ) -> None:
-    """Draws a confusion matrix [K, K] of counts, rows true, as counts and shares of the row."""
-    confusion = np.asarray(confusion)
+    """Draws a confusion matrix as counts and shares of the row, numbers in names in their order.
+
+    Args:
+      counts: [K, K], rows true, columns predicted.
+      class_names: the position is the label.
+      path: where the PNG goes.
+      title: written above the matrix, such as the split with its crops and fields.
+      footer: written below it: intervals, and what a reader of the counts must know.
+    """
+    order = sorted(range(len(class_names)), key=lambda label: natural(class_names[label]))
+    confusion = np.asarray(counts)[np.ix_(order, order)]
     num_classes = len(class_names)
     support = confusion.sum(axis=1, keepdims=True)
     share = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
@@ -138,13 +165,15 @@ def plot_confusion(
             color = "white"
         axes.text(column, row, text, color=color, **style)
 
-    names = [shortened(name, 28) for name in class_names]
+    names = shortened_apart([class_names[label] for label in order], 28)
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(num_classes), names, **_LITERAL, **slanted)
     axes.set_yticks(range(num_classes), names, **_LITERAL)
     axes.tick_params(length=0)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(title, **_LITERAL)
+    columns = int(13 * figure.get_figwidth())  # letters that fit
+    axes.set_title(textwrap.fill(title, columns), **_LITERAL)
+    figure.supxlabel(textwrap.fill(footer, columns), fontsize=8, color="#555555", **_LITERAL)
     save_figure(figure, path)
 
 
@@ -153,16 +182,18 @@ def plot_crops_sheet(
 ) -> None:
     """Draws example crops, one row per class.
 
-    8-bit crops are shown as they are. Others are scaled per channel from their 0.5 to their 99.5
-    percentile, taken over all crops together: a class that is darker looks darker. Two channels
-    are drawn in magenta and green; of more than three the first three as red, green and blue.
+    8-bit crops are shown as they are, or brightened where they are dark. Others are scaled per
+    channel from their 0.5 to their 99.5 percentile. Both count over all crops together: a class
+    that is darker looks darker. The title says what was done. Two channels are drawn in magenta and
+    green; of more than three the first three as red, green and blue.
 
     Args:
       crops: {class name: crops [H, W, C]}, of one dtype and shape.
       path: where the PNG goes.
       title: written above the sheet.
     """
-    shown = iter(_displayed(np.stack([crop for row in crops.values() for crop in row])))
+    images, how = _displayed(np.stack([crop for row in crops.values() for crop in row]))
+    shown = iter(images)
     height, width = next(iter(crops.values()))[0].shape[:2]
     gap = max(2, width // 30)
     shape = (len(crops), height + gap, max(map(len, crops.values())), width + gap, 3)
@@ -178,11 +209,12 @@ def plot_crops_sheet(
     axes = figure.subplots()
     axes.imshow(sheet)
     rows = np.arange(len(crops)) * (height + gap) + height / 2
-    axes.set_yticks(rows, [textwrap.fill(shortened(n, 60), 22) for n in crops], **_LITERAL)
+    names = shortened_apart(list(crops), 60)
+    axes.set_yticks(rows, [textwrap.fill(name, 22) for name in names], **_LITERAL)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, **_LITERAL)
+    axes.set_title(", ".join(filter(None, (title, how))), **_LITERAL)
     save_figure(figure, path)
 
 
@@ -198,7 +230,7 @@ def plot_examples(
       path: where the PNG goes.
     """
     rows = {}
-    for label, name in enumerate(class_names):
+    for label, name in sorted(enumerate(class_names), key=lambda pair: natural(pair[1])):
         numbers = np.flatnonzero(labels == label)
         chosen = np.linspace(0, len(numbers) - 1, min(8, len(numbers))).astype(int)
         rows[name] = [images[number] for number in numbers[chosen]]
@@ -226,14 +258,18 @@ def epoch_curve(
     }
 
 
-def _displayed(crops: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Crops [N, H, W, C] of any dtype as [N, H, W, 3] uint8, all on one scale."""
-    low, high = np.array([0, 255])
+def _displayed(crops: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], str]:
+    """Crops [N, H, W, C] of any dtype as [N, H, W, 3] uint8, all on one scale; and how."""
     if crops.dtype != np.uint8:
         low, high = np.percentile(crops, [0.5, 99.5], axis=(0, 1, 2))
+        how = "each channel scaled for display"
+    else:  # channels together, or the noise of an empty one would be raised
+        low, high, how = np.array(0), np.array(255), ""
+        if 0 < (bright := np.percentile(crops, 99.5)) < _DARK:
+            high, how = bright, f"brightened {255 / bright:.1f} times for display"
     share = np.clip((crops - low) / np.where(high > low, high - low, 1), 0, 1)
     colors = np.array(_CHANNEL_COLORS[min(crops.shape[-1], 3)])
-    return np.rint(255 * share[..., :3] @ colors).astype(np.uint8)
+    return np.rint(255 * share[..., :3] @ colors).astype(np.uint8), how
 
 
 def _percent(share: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxcells.evaluation.calibration import Calibration
 from jaxcells.evaluation.metrics import SplitMetrics, summary_table
-from jaxcells.text import duration
+from jaxcells.text import counted, duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class RunResults:
             summary_table(self.test, f"test split, best checkpoint (step {self.best_step})"),
             f"validation accuracy {self.validation.accuracy:.3f}; brightness and contrast of "
             f"the crops alone reach {baseline:.3f} on the test split",
-            f"trained {self.num_epochs} epochs in {duration(timing.train_s)} at "
+            f"trained {counted(self.num_epochs, 'epoch')} in {duration(timing.train_s)} at "
             f"{timing.train_images_per_second:.1f} images/s; everything took "
             f"{duration(timing.total_s)}",
         ]

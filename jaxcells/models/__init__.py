@@ -1,7 +1,10 @@
-"""Networks by name, and weights for them."""
+"""Networks by name, and weights for them. docs/extending.md says how to add one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -28,6 +31,9 @@ _KINDS = {
     "preact": (PreActBasic, PreActBottleneck, tuple(_STAGE_SIZES)),
 }
 
+# Networks of other kinds by name; each is called with `num_classes`, `width` and `dtype`.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {}
+
 MODEL_NAMES = tuple(f"{kind}{depth}" for kind, (*_, depths) in _KINDS.items() for depth in depths)
 
 
@@ -40,12 +46,13 @@ def create_model(
     zero_init_residual: bool = False,
     norms: bool = True,
     scan: bool = True,
-) -> ResNet:
+) -> nn.Module:
     """Makes the network called `name`.
 
     Args:
         name: one of `MODEL_NAMES`: `resnet18`, …; `plain18`, …, the same without shortcuts; or
             `preact18`, …, with identity mappings, of which 164 and 1001 are made for small images.
+            Or one of `NETWORKS`.
         num_classes: number of logits.
         dtype: dtype of the computation, float32 or bfloat16; parameters and logits stay float32.
         width: channels of the stem, and width of the first stage; by default as published: 16 for
@@ -55,25 +62,24 @@ def create_model(
         scan: False runs a `preact` network unit after unit, see `ResNet`.
 
     Returns:
-        A module with `apply(variables, x, train=...)`, see `ResNet`.
+        A module with `apply(variables, x, train=...)`: a `ResNet`, but for one of `NETWORKS`.
 
     Raises:
         Error: no such name, or zero_init_residual for a network that it would keep at zero or that
             has no norm at the end of its branches.
     """
     kind = name.rstrip("0123456789")
-    if name not in MODEL_NAMES:
-        grammar = "; ".join(f"{k} with {', '.join(map(str, v[-1]))}" for k, v in _KINDS.items())
-        raise Error(
-            f"model.name={name} is no network: choose a kind and a number of layers, as in "
-            f"resnet34, of {grammar}"
-        )
+    names = (*MODEL_NAMES, *NETWORKS)
+    if name not in names:
+        raise Error(f"model.name={name} is no network; choose one of {', '.join(names)}")
     if zero_init_residual and kind != "resnet":
         raise Error(
             f"model.zero_init_residual=True is for resnet alone, not for {name}: plain has no "
             "shortcuts and would stay at zero for ever, preact no norms at the ends of its "
             "branches; set model.zero_init_residual=False"
         )
+    if name in NETWORKS:
+        return NETWORKS[name](num_classes=num_classes, width=width or 64, dtype=jnp.dtype(dtype))
     basic, bottleneck, _ = _KINDS[kind]
     depth = int(name.removeprefix(kind))
     cifar = len(_STAGE_SIZES[depth]) == 3
@@ -89,3 +95,16 @@ def create_model(
         dtype=jnp.dtype(dtype),
         scan=scan and kind == "preact",
     )
+
+
+def require_segments(model: nn.Module, name: str, what: str) -> None:
+    """Refuses what needs the layout and names of a `ResNet`.
+
+    Raises:
+        Error: the network has no segments.
+    """
+    if not hasattr(model, "segments"):
+        raise Error(
+            f"model.name={name}: {what} needs the segments and names of a residual network, and "
+            "this network has none; it can be trained, evaluated and compared"
+        )

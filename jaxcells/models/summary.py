@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from jaxcells.files import write_csv
 from jaxcells.models.layers import Conv, MaxPool
-from jaxcells.models.resnet import ResNet
 from jaxcells.text import by, text_table
 
 
@@ -62,7 +61,7 @@ class Layer:
         return self.name.rpartition("/")[2].startswith("downsample")
 
 
-def summarize(model: ResNet, input_shape: Sequence[int]) -> tuple[Layer, ...]:
+def summarize(model: nn.Module, input_shape: Sequence[int]) -> tuple[Layer, ...]:
     """Lists the layers of a network in the order of the computation.
 
     Args:
@@ -70,10 +69,12 @@ def summarize(model: ResNet, input_shape: Sequence[int]) -> tuple[Layer, ...]:
         input_shape: `(H, W, C)` of the images.
 
     Returns:
-        A row for every convolution, norm, pooling and dense layer.
+        A row for every convolution, norm, pooling and dense layer. Receptive fields are found, and
+        the mean over the image, of networks with segments alone.
     """
     rows: dict[tuple[str, ...], Layer] = {}
-    repeats = {f"layer{stage}_{index}": number for stage, index, number in model.layout()}
+    layout = model.layout() if hasattr(model, "segments") else ()
+    repeats = {f"layer{stage}_{index}": number for stage, index, number in layout}
 
     def record(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y = run(*args, **kwargs)
@@ -88,6 +89,8 @@ def summarize(model: ResNet, input_shape: Sequence[int]) -> tuple[Layer, ...]:
     with nn.intercept_methods(record):
         images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    if not layout:
+        return tuple(rows.values())
     # The mean over the image is no module.
     *body, head = rows.values()
     mean = Layer("avgpool", "mean", 1, 1, body[-1].output[-1:], 0, 0, None)

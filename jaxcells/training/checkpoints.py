@@ -284,7 +284,8 @@ def _checked(folder: Path, item: str) -> Path:
         if name.startswith(f"{item}/") and file_sha256(folder / name) != digest:
             raise Error(
                 f"checkpoint {folder} is damaged ({name} has changed since it was written): "
-                "delete that folder to go on from the checkpoint before it"
+                "delete that folder to go on from the one before it, or anew if there is none; "
+                "if it was the best, the next best counts as such"
             )
     return folder.absolute() / item
 

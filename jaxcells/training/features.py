@@ -89,6 +89,9 @@ def make_inputs(
     Raises:
       OSError: a resumed run had features, and the disk has no room for them now.
     """
+    if not hasattr(model, "segments"):
+        logger.info("what is frozen is computed in every step: the network has no segments")
+        return crops
     num_segments = frozen_prefix(model.segments, variables["params"], recipe.freeze)
     if not num_segments:
         return crops
@@ -99,9 +102,11 @@ def make_inputs(
         logger.info("%s, and computed in every step: %s", frozen, why)
         return crops
 
-    if recipe.intensity:
-        return keep_crops("brightness changes at random")
-    if recipe.dihedral and num_epochs < NUM_SYMMETRIES:
+    # Any augmentation but the one whose results are few enough to be kept.
+    active = {name for name, strength in recipe.augmentation.items() if strength}
+    if others := active - {"dihedral"}:
+        return keep_crops(f"{', '.join(sorted(others))} changes crops at random")
+    if active and num_epochs < NUM_SYMMETRIES:
         return keep_crops(
             f"the {NUM_SYMMETRIES} symmetries of every crop would take longer than "
             f"{num_epochs} epochs"
@@ -121,7 +126,7 @@ def make_inputs(
 
     example = make_batch(crops.train, 0)
     feature = jax.eval_shape(forward, variables, example)
-    repeats = NUM_SYMMETRIES if recipe.dihedral else 1
+    repeats = NUM_SYMMETRIES if active else 1
     num_rows = repeats * len(crops.train) + len(crops.val)
     size = num_rows * math.prod(feature.shape[1:]) * feature.dtype.itemsize
     has_room = mesh.of_primary(not mesh.is_primary() or _make_room(directory, size))
@@ -151,7 +156,7 @@ def make_inputs(
     train = compute(directory / "train.npy", crops.train, repeats)
     val = compute(directory / "val.npy", crops.val, 1)
     seconds = time.monotonic() - compiled, compiled - began
-    return Inputs(train, val, lambda features: features, num_segments, recipe.dihedral, *seconds)
+    return Inputs(train, val, lambda features: features, num_segments, bool(active), *seconds)
 
 
 @contextlib.contextmanager

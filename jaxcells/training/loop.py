@@ -19,7 +19,7 @@ from jaxcells.files import Error, Workdir
 from jaxcells.models import create_model
 from jaxcells.text import duration
 from jaxcells.training import checkpoints, mesh, optim, steps
-from jaxcells.training.augment import draw_symmetries
+from jaxcells.training.augment import draw_symmetries, own_key
 from jaxcells.training.checkpoints import CheckpointMeta
 from jaxcells.training.features import Inputs, discarded_at_the_end, make_inputs
 from jaxcells.training.initialization import Initialization, images_by_split, initialize
@@ -68,6 +68,9 @@ def train(
     start = time.monotonic() - prepare_s
     compiled = {} if compiled is None else compiled
     labels, class_names = arrays["train"].labels, crop_set.class_names
+    if recipe.batch_size > len(labels):
+        text = "train.batch_size=%d is more than the %d training crops: steps see some twice"
+        logger.warning(text, recipe.batch_size, len(labels))
     steps_per_epoch = num_batches(len(labels), recipe.batch_size)
     num_steps = steps_per_epoch * recipe.num_epochs
     phases = [(recipe.num_epochs, recipe.freeze)]  # last epoch, what is frozen until then
@@ -123,7 +126,8 @@ def train(
 
     @jax.jit
     def draw(step: int) -> jax.Array:
-        return draw_symmetries(jax.random.fold_in(step_key, step), recipe.batch_size)
+        key = own_key(jax.random.fold_in(step_key, step), "dihedral")
+        return draw_symmetries(key, recipe.batch_size)
 
     def make_batches(inputs: Inputs) -> Iterator[dict[str, jax.Array]]:
         numbers, size, seed = np.arange(len(labels)), recipe.batch_size, recipe.seed
@@ -141,14 +145,14 @@ def train(
         key = repr((*what, num_steps, class_weights, jax.tree.map(jax.typeof, batch)))
         if key not in compiled:
             clock = time.monotonic()
-            apply_fn = functools.partial(model.apply, first=inputs.first_segment)
+            first = inputs.first_segment
+            apply_fn = functools.partial(model.apply, first=first) if first else model.apply
             tx = make_optimizer(freeze=freeze)
             train_step: Any = steps.make_train_step(
                 inputs.normalize,
                 label_smoothing=recipe.label_smoothing,
                 class_weights=class_weights,
-                dihedral=recipe.dihedral and not inputs.has_symmetries,
-                intensity=recipe.intensity,
+                augmentation={} if inputs.first_segment else recipe.augmentation,
                 freeze=freeze,
             )
             arguments = state.replace(apply_fn=apply_fn, tx=tx), batch, step_key

@@ -23,8 +23,7 @@ class Recipe:
       freeze: regular expressions over parameter paths, see `training.freeze`.
       freeze_epochs: for how many epochs these stay frozen; 0 for all.
       multipliers: see `optim.make_optimizer`.
-      dihedral: see `augment.augment`.
-      intensity: see `augment.augment`.
+      augmentation: {name: strength}, see `augment.augment`.
       normalize: see `normalization.fit_normalization`.
       every_steps: save within an epoch too, every so many steps; 0 saves after each epoch.
     """
@@ -42,7 +41,6 @@ class Recipe:
     freeze: tuple[str, ...] = ()
     freeze_epochs: int = 0
     multipliers: tuple[tuple[str, float], ...] = ()
-    dihedral: bool = False
-    intensity: float = 0.0
+    augmentation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     normalize: str = "auto"
     every_steps: int = 0

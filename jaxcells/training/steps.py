@@ -11,7 +11,7 @@ and `normalize` takes its images to float32 `[B, H, W, C']`, the same in all thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,8 +67,7 @@ def make_train_step(
     *,
     label_smoothing: float = 0.0,
     class_weights: tuple[float, ...] | None = None,
-    dihedral: bool = False,
-    intensity: float = 0.0,
+    augmentation: Mapping[str, Any] | None = None,
     freeze: tuple[str, ...] = (),
 ) -> TrainStep:
     """Makes `train_step(state, batch, rng) -> (state, totals)`: one update by gradient descent.
@@ -85,8 +84,7 @@ def make_train_step(
       normalize: raw images to float32 images.
       label_smoothing: see `cross_entropy`.
       class_weights: see `cross_entropy`.
-      dihedral: see `augment`.
-      intensity: see `augment`.
+      augmentation: {name: strength}, see `augment`; None for none.
       freeze: regular expressions over parameter paths: these parameters stay bit for bit, and so
         do the running statistics of the norms among them (see `training.freeze`). The optimiser
         of the state must know of them too.
@@ -97,9 +95,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, Totals]:
         images = normalize(batch["image"])
-        images = augment(
-            images, jax.random.fold_in(rng, state.step), dihedral=dihedral, intensity=intensity
-        )
+        images = augment(images, jax.random.fold_in(rng, state.step), **(augmentation or {}))
 
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             variables = {**state.variables, "params": params}

@@ -10,7 +10,7 @@ from jaxcells.data.fields import class_folders
 from jaxcells.data.sample import CELL_LINES
 from jaxcells.evaluation.diagram import plot_network
 from jaxcells.files import Workdir
-from jaxcells.models import create_model
+from jaxcells.models import create_model, require_segments
 from jaxcells.models.summary import layer_table, summarize, write_layers_csv
 
 logger = logging.getLogger("jaxcells")
@@ -26,6 +26,7 @@ def describe(config: ConfigDict, workdir: Workdir) -> None:
     side = config.data.crop_size or 224  # 0 says nothing of the size
     num_classes = _num_classes(config)
     model = create_model(**config.model, num_classes=num_classes or 2)
+    require_segments(model, config.model.name, "its description")
     shape = (side, side, 3)  # what ImageNet's networks take; grey crops are repeated to it
     layers = summarize(model, shape)
 

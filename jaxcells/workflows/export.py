@@ -12,6 +12,7 @@ from safetensors.numpy import save
 from jaxcells import __version__
 from jaxcells.data.tfds import prepare_tfds
 from jaxcells.files import Error, Workdir, write_whole
+from jaxcells.models import create_model, require_segments
 from jaxcells.models.weights import to_torch
 from jaxcells.training.checkpoints import CheckpointMeta, Which, restore_variables
 
@@ -49,7 +50,8 @@ def export_weights(workdir: Workdir, output: Path | None = None, which: Which = 
       The path of the file, which is either whole or not there.
 
     Raises:
-      Error: `output` exists or has another suffix, no such checkpoint, or it is damaged.
+      Error: `output` exists or has another suffix, no such checkpoint, or it is damaged; or the
+        network is none whose names torch knows.
     """
     path = workdir.path / "weights.safetensors" if output is None else output.expanduser()
     if path.suffix != ".safetensors":
@@ -59,6 +61,7 @@ def export_weights(workdir: Workdir, output: Path | None = None, which: Which = 
     if output is not None and not path.parent.is_dir():
         raise Error(f"{path}: there is no folder {path.parent}; make it first")
     variables, meta = restore_variables(workdir.checkpoints, which)
+    require_segments(create_model(**meta.model), meta.model["name"], "the export of weights")
     with write_whole(path) as file:
         file.buffer.write(_serialize(to_torch(variables), _metadata(meta)))
     logger.info(

@@ -80,7 +80,7 @@ def check_config(config: ConfigDict, workdir: Workdir) -> None:
         if changed:
             raise Error(
                 f"{workdir} was trained with another config: {'; '.join(changed)}; go back to it, "
-                "or choose another workdir"
+                f"or choose another workdir, where init={workdir} starts from its best checkpoint"
             )
 
 
@@ -129,7 +129,7 @@ def make_recipe(config: ConfigDict) -> Recipe:
         model=config.model.to_dict(),
         seed=config.seed,
         normalize=config.data.normalize,
-        **config.data.augment,
+        augmentation=config.data.augment.to_dict(),
         **sgd,
         **config.train,
         **config.checkpoint,

@@ -73,6 +73,26 @@ def test_accuracy_stands_over_time_with_intervals(drawn):
     assert len(set(colors)) == 4
 
 
+def test_what_accuracies_must_beat_is_drawn_and_named(drawn):
+    plot_accuracy_against_time(STUDY, "a.png", chance=0.25, brightness=0.7)
+    plots = [drawn()]
+    curves = {"a": [records([1.0, 0.5], [0.3, 0.5])]}
+    plot_curves_together(curves, "c.png", chance=0.25, brightness=0.7)
+    plots.append(drawn())
+    for figure in plots:
+        lines = {line.get_label(): line for line in figure.axes[-1].get_lines()}
+        assert lines["chance (0.250)"].get_ydata() == [0.25, 0.25]
+        assert lines["brightness alone, test (0.700)"].get_ydata() == [0.7, 0.7]
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend[-2:] == ["chance (0.250)", "brightness alone, test (0.700)"]
+
+
+def test_names_that_are_alike_when_short_stay_apart(drawn):
+    names = ["x" * 40 + f"{n}" + "y" * 20 for n in range(2)]
+    plot_accuracy_against_time([row(n, 9.0, 0.5, figures(0.5, 0.4, 0.6)) for n in names], "a.png")
+    assert len({text.get_text() for text in drawn().legends[0].get_texts()[:2]}) == 2
+
+
 def test_near_times_have_a_plain_axis_and_the_unit_that_fits(drawn):
     for seconds, unit in ((90.0, "s"), (18000.0, "h")):
         rows = [dataclasses.replace(r, train_s=seconds / n) for n, r in enumerate(STUDY[:3], 1)]

@@ -141,12 +141,13 @@ def test_sheet_scales_16_bits_by_percentiles_of_all_crops(drawn):
     expected = 255 * np.clip((ramp - low) / (high - low), 0, 1)
     np.testing.assert_allclose(dim, np.repeat(expected, 3, axis=-1), atol=1)
     np.testing.assert_array_equal(hot[1:], dim[1:])
+    assert drawn()[0].get_title() == "each channel scaled for display"
     assert dimmer.mean() < 0.4 * dim.mean()
 
 
 def test_sheet_shows_8_bits_unchanged_and_channels_in_their_colours(drawn):
     rng = np.random.default_rng(0)
-    crop = rng.integers(100, 120, (20, 20, 5)).astype(np.uint8)
+    crop = rng.integers(100, 220, (20, 20, 5)).astype(np.uint8)
     for channels, shown in [
         (1, crop[..., [0, 0, 0]]),
         (2, crop[..., [0, 1, 0]]),
@@ -155,6 +156,57 @@ def test_sheet_shows_8_bits_unchanged_and_channels_in_their_colours(drawn):
     ]:
         plot_crops_sheet({"A": [crop[..., :channels]]}, "sheet.png")
         np.testing.assert_array_equal(drawn()[0].images[0].get_array(), shown)
+        assert drawn()[0].get_title() == ""
+
+
+def test_sheet_brightens_dark_8_bits_with_their_colours_and_says_so(drawn):
+    crop = np.random.default_rng(0).integers(0, 52, (100, 100, 3)).astype(np.uint8)
+    crop[..., 1] //= 25  # an empty channel: its noise stays as dark as it is beside the others
+    crop[0, 0] = 255
+    plot_crops_sheet({"A": [crop]}, "sheet.png", title="training crops")
+    sheet = drawn()[0].images[0].get_array()
+    np.testing.assert_allclose(sheet, np.minimum(crop * (255 / 51), 255), atol=0.51)
+    assert drawn()[0].get_title() == "training crops, brightened 5.0 times for display"
+    plot_crops_sheet({"A": [np.zeros((8, 8, 1), np.uint8)]}, "sheet.png")
+    assert not drawn()[0].images[0].get_array().any()
+
+
+def test_rows_stand_in_the_order_of_their_numbers_and_stay_apart(drawn):
+    names = ["day 1", "day 10", "day 2"]
+    images = np.full((3, 60, 60, 1), 200, np.uint8)
+    images[1] = 150
+    figures.plot_examples(images, np.arange(3), names, "crops.png")
+    (axes,) = drawn()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["day 1", "day 2", "day 10"]
+    assert axes.images[0].get_array()[[0, 62, 124], 0, 0].tolist() == [200, 200, 150]
+    plot_confusion([[1, 2, 3], [4, 5, 6], [7, 8, 9]], names, "c.png", title="")
+    (axes,) = drawn()
+    counts = [text.get_text().split("\n")[0] for text in axes.texts]
+    assert counts == ["1", "3", "2", "7", "9", "8", "4", "6", "5"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["day 1", "day 2", "day 10"]
+    alike = ["x" * 30 + middle + "y" * 20 for middle in "12"]
+    plot_confusion(np.eye(2, dtype=int), alike, "c.png", title="")
+    assert len({label.get_text() for label in drawn()[0].get_yticklabels()}) == 2
+
+
+def test_confusion_has_a_footer_in_lines_that_fit(drawn):
+    note = "balanced accuracy 0.812, 95 % interval 0.701 to 0.903; shared pixels: " * 3
+    plot_confusion(np.eye(3, dtype=int), list("ABC"), "c.png", title="test split", footer=note)
+    figure = drawn()[0].figure
+    assert figure.get_supxlabel().replace("\n", " ") == note.strip()
+    assert max(map(len, figure.get_supxlabel().splitlines())) < 14 * figure.get_figwidth()
+
+
+def test_curves_show_what_they_must_beat(drawn):
+    plot_curves(RECORDS, "curves.png", best_step=20, chance=0.25, brightness=0.7125)
+    loss, accuracy = drawn()
+    floors = {name: line for name, line in lines_of(accuracy).items() if "(0." in name[-8:]}
+    assert floors["chance (0.250)"] == [[0, 0.25], [1, 0.25]]  # across the whole width
+    assert floors["brightness alone, test (0.713)"] == [[0, 0.7125], [1, 0.7125]]
+    assert "chance (0.250)" in [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert len(lines_of(loss)) == 3
+    plot_curves(RECORDS, "curves.png", best_step=20, chance=None)
+    assert len(lines_of(drawn()[1])) == 3
 
 
 def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
@@ -188,14 +240,14 @@ def test_needs_no_display_and_leaves_pyplot_alone(tmp_path):
 
 
 def test_examples_are_spread_over_each_class_and_stand_in_its_row(drawn):
-    images = np.arange(1, 34, dtype=np.uint8)[:, None, None, None].repeat(60, axis=1)
+    images = np.arange(201, 234, dtype=np.uint8)[:, None, None, None].repeat(60, axis=1)
     labels = np.array([0] * 30 + [1] * 3)
     figures.plot_examples(images, labels, ["A", "B"], "crops.png")
     (axes,) = drawn()
     sheet = axes.images[0].get_array()[..., 0]
     assert sheet.shape == (122, 22)  # with gaps of two pixels
-    assert sheet[0, ::3].tolist() == [1, 5, 9, 13, 17, 21, 25, 30]
+    assert sheet[0, ::3].tolist() == [201, 205, 209, 213, 217, 221, 225, 230]
     assert (sheet[:, 1::3] == 255).all()
-    assert sheet[121, ::3].tolist() == [31, 32, 33, *[255] * 5]
+    assert sheet[121, ::3].tolist() == [231, 232, 233, *[255] * 5]
     assert (sheet[60:62] == 255).all()
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B"]

@@ -253,13 +253,13 @@ def test_width_is_that_of_the_stem_and_by_default_the_published_one(name, publis
 
 
 @pytest.mark.parametrize("name", ["resnet35", "plain200", "preact", "resnet018", "vgg16", "18", ""])
-def test_message_of_an_unknown_name_states_the_grammar(name):
+def test_message_of_an_unknown_name_lists_all(name):
     with pytest.raises(jaxcells.Error) as caught:
         create_model(name, num_classes=2)
     assert str(caught.value) == (
-        f"model.name={name} is no network: choose a kind and a number of layers, as in resnet34, "
-        "of resnet with 18, 34, 50, 101, 152; plain with 18, 34, 50, 101, 152; preact with 18, 34, "
-        "50, 101, 152, 200, 164, 1001"
+        f"model.name={name} is no network; choose one of resnet18, resnet34, resnet50, resnet101, "
+        "resnet152, plain18, plain34, plain50, plain101, plain152, preact18, preact34, preact50, "
+        "preact101, preact152, preact200, preact164, preact1001"
     )
 
 

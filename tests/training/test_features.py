@@ -39,7 +39,7 @@ def variables_at(workdir, step):
     [
         PHASES | {"multipliers": (("layer2", 0.1),)},
         # As many epochs as there are symmetries, or they are not worth keeping.
-        {"freeze": ("(?!layer2|fc)",), "dihedral": True, "num_epochs": 8},
+        {"freeze": ("(?!layer2|fc)",), "augmentation": {"dihedral": True}, "num_epochs": 8},
     ],
     ids=["head first, then all", "flips and turns"],
 )
@@ -49,8 +49,9 @@ def test_same_updates_and_figures_as_without(train, recipe, tmp_path, log, setti
     kept = train(recipe, tmp_path / "kept")
     assert "computed once" in log.text
     # So little that it changes no bit, but nothing is computed in advance for it.
-    computed = train(dataclasses.replace(recipe, intensity=1e-30), tmp_path / "computed")
-    assert "computed in every step: brightness changes at random" in log.text
+    random = {"augmentation": {**recipe.augmentation, "intensity": 1e-30}}
+    computed = train(dataclasses.replace(recipe, **random), tmp_path / "computed")
+    assert "computed in every step: intensity changes crops at random" in log.text
     assert computed.images == kept.images
     assert computed.features_s == 0 < kept.features_s
 
@@ -116,7 +117,9 @@ def test_features_are_what_the_segments_give_for_every_symmetry(
     make_inputs, recipe, data, dtype, symmetries
 ):
     model_args = recipe.model | {"dtype": dtype}
-    found = make_inputs(model=model_args, dihedral=symmetries, num_epochs=8, **START)
+    found = make_inputs(
+        model=model_args, augmentation={"dihedral": symmetries}, num_epochs=8, **START
+    )
     model = create_small_model(**model_args, num_classes=2)
     variables = create_small_state(dtype=dtype).variables
     images = data.arrays["train"].images
@@ -135,7 +138,7 @@ def test_features_are_what_the_segments_give_for_every_symmetry(
 
 
 def test_symmetries_that_take_longer_than_the_epochs_are_drawn_in_every_step(make_inputs, log):
-    assert make_inputs(dihedral=True, num_epochs=7, **START).first_segment == 0
+    assert make_inputs(augmentation={"dihedral": True}, num_epochs=7, **START).first_segment == 0
     assert "8 symmetries of every crop would take longer than 7 epochs" in log.text
 
 

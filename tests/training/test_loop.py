@@ -23,7 +23,7 @@ NUM_STEPS = 15  # three epochs of 40 crops in batches of 8
 def augmented(recipe):
     """A recipe that uses everything."""
     changes = {"class_weights": "balanced", "weight_decay": 1e-4, "every_steps": 3}
-    return dataclasses.replace(recipe, dihedral=True, intensity=0.1, **changes)
+    return dataclasses.replace(recipe, augmentation={"dihedral": True, "intensity": 0.1}, **changes)
 
 
 @pytest.fixture(scope="module")

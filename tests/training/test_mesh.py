@@ -60,7 +60,9 @@ def skewed_batch(step):
 def run(devices, checkpoint=None):
     """Trains some steps with augmentation, by way of a checkpoint in a folder if one is given."""
     placed = mesh.make_mesh(devices)
-    step = mesh.jit_train_step(make_train_step(normalize, dihedral=True, intensity=0.1), placed)
+    step = mesh.jit_train_step(
+        make_train_step(normalize, augmentation={"dihedral": True, "intensity": 0.1}), placed
+    )
     original = tiny_state()
     state, rows = mesh.replicate(original, placed), mesh.local_rows(8, placed)
     for index in range(NUM_STEPS):

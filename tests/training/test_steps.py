@@ -158,7 +158,7 @@ def test_training_updates_the_running_statistics_by_the_momentum_rule():
 
 def test_augmentation_is_drawn_from_the_key_and_the_step():
     state, batch, key = tiny_state(), make_batch(), jax.random.key(0)
-    step = jax.jit(make_train_step(normalize, dihedral=True, intensity=0.5))
+    step = jax.jit(make_train_step(normalize, augmentation={"dihedral": True, "intensity": 0.5}))
     first, again = step(state, batch, key)[0], step(state, batch, key)[0]
     assert_trees_equal(first, again)
     later = step(state.replace(step=jnp.int32(1)), batch, key)[0]
