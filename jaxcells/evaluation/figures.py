@@ -192,7 +192,7 @@ def plot_crops_sheet(
       path: where the PNG goes.
       title: written above the sheet.
     """
-    images, how = _displayed(np.stack([crop for row in crops.values() for crop in row]))
+    images, how = displayed(np.stack([crop for row in crops.values() for crop in row]))
     shown = iter(images)
     height, width = next(iter(crops.values()))[0].shape[:2]
     gap = max(2, width // 30)
@@ -258,7 +258,7 @@ def epoch_curve(
     }
 
 
-def _displayed(crops: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], str]:
+def displayed(crops: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], str]:
     """Crops [N, H, W, C] of any dtype as [N, H, W, 3] uint8, all on one scale; and how."""
     if crops.dtype != np.uint8:
         low, high = np.percentile(crops, [0.5, 99.5], axis=(0, 1, 2))
