@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ from scipy.special import softmax
 from jaxcells.data.crop_set import CropRecord
 from jaxcells.files import Error, write_csv
 
-_ARRAYS = ("logits", "temperature", "unknown", "features")
+_ARRAYS = ("logits", "temperature", "unknown", "features", "folds")
 _BASELINE = "baseline_"  # before the name of a baseline, in the file
 
 
@@ -93,6 +95,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     """Writes `path`, a CSV with a row per crop for people, and beside it .npz with all arrays."""
     write_csv(path, *predictions.rows())
     arrays = {name: getattr(predictions, name) for name in _ARRAYS}
+    arrays = {name: values for name, values in arrays.items() if values is not None}
     arrays |= {_BASELINE + name: classes for name, classes in predictions.baselines.items()}
     with open(path.with_suffix(".npz"), "wb") as file:
         np.savez(file, **arrays)
@@ -113,13 +116,13 @@ def read_predictions(
     """
     path = path.with_suffix(".npz")
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
+        with open(path, "rb") as file:
+            arrays: dict[str, Any] = dict(np.load(file))
         if len(arrays["logits"]) != len(records):
             raise ValueError(f"{len(arrays['logits'])} crops for {len(records)} of the manifest")
-        own = {name: arrays[name] for name in _ARRAYS}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise Error(f"{path}: missing or damaged ({error}); run `evaluate` again") from error
+    own: dict[str, Any] = {name: arrays.get(name) for name in _ARRAYS}
     baselines = {
         name.removeprefix(_BASELINE): classes
         for name, classes in arrays.items()

@@ -45,7 +45,7 @@ def test_every_crop_is_the_pixels_that_the_manifest_says(crop_set, root, tmp_pat
         assert record.channel == ("ch 1" if record.label == "A (1)" else "")
         assert record.group == record.source
     header = (tmp_path / "crops" / "manifest.csv").read_text().splitlines()[0]
-    assert header == "crop,class,channel,source,group,y,x,split,sha256"
+    assert header == "crop,class,channel,source,group,y,x,foreground,split,sha256"
     assert prepare_crop_set(tmp_path / "two", root, SETTINGS).records == crop_set.records
 
 
