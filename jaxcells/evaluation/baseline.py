@@ -5,29 +5,26 @@ The linear classifier is linear discriminant analysis (Hastie, Tibshirani and Fr
 number.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-
-from jaxcells.data.foreground import BLOCK, foreground_map
-from jaxcells.data.parallel import parallel_map
 
 # Names, and what each sees, in words that can stand in a sentence.
 BASELINES = {
     "majority": "the most frequent class of the training crops",
     "brightness": "brightness and contrast of the crops alone",
-    "background": "the border and the background of the crops alone",
+    "background": "brightness and contrast of the crops' border alone",
 }
 # In units of a feature's total variance: enough to invert the covariance of equal channels.
 _RIDGE = 1e-4
 _BORDER = 16  # the border is a ring as wide as this part of the shorter side
 
+Images = npt.NDArray[np.generic]
+
 
 def baseline_predictions(
-    train_images: Collection[npt.NDArray[np.generic]],
-    train_labels: npt.ArrayLike,
-    test_images: Collection[npt.NDArray[np.generic]],
+    train_images: Images, train_labels: npt.ArrayLike, test_images: Images
 ) -> dict[str, npt.NDArray[np.int64]]:
     """What the classifiers of `BASELINES` predict.
 
@@ -37,12 +34,14 @@ def baseline_predictions(
     exposure and illumination often differ between the folders of two cell lines, and these figures
     then tell the lines apart without one look at a cell.
 
-    "background" is a linear classifier on the same figures of two parts of each crop: a ring along
-    its border, a sixteenth of the side wide, and the blocks that the rule of `foreground`, within
-    the crop, finds no cells in. Where cells lie close together, both still show some of them.
+    "background" is the same of a ring along the border of each crop, a sixteenth of the side wide,
+    which holds no cell where crops are centred on cells or cells lie far apart, and pieces of cells
+    elsewhere. The blocks in which `foreground` finds no cells are left out: it chooses them by
+    texture, and their brightness and contrast then tell the texture of cells that lie close
+    together (on the built-in sample 0.57 of crops beside 0.21 by the ring alone; by chance 0.33).
 
     Args:
-      train_images: [N, H, W, C] of any dtype, memory-mapped or not; a few crops at a time are read.
+      train_images: [N, H, W, C] of any dtype, memory-mapped or not; one crop at a time is read.
       train_labels: [N] int.
       test_images: [M, H, W, C].
 
@@ -50,14 +49,11 @@ def baseline_predictions(
       {name: int [M]}.
     """
     labels = np.asarray(train_labels, np.int64)
-    majority = np.bincount(labels).argmax()
-    train = crop_statistics(train_images), background_statistics(train_images)
-    test = crop_statistics(test_images), background_statistics(test_images)
-    return {
-        "majority": np.full(len(test_images), majority),
-        "brightness": linear_classifier(train[0], labels, test[0]),
-        "background": linear_classifier(train[1], labels, test[1]),
-    }
+    predictions = {"majority": np.full(len(test_images), np.bincount(labels).argmax())}
+    for name, statistics in (("brightness", crop_statistics), ("background", border_statistics)):
+        train, test = statistics(train_images), statistics(test_images)
+        predictions[name] = linear_classifier(train, labels, test)
+    return predictions
 
 
 def linear_classifier(
@@ -79,31 +75,20 @@ def linear_classifier(
     return classes[scores.argmax(axis=1)]
 
 
-def crop_statistics(images: Iterable[npt.NDArray[np.generic]]) -> npt.NDArray[np.float64]:
+def crop_statistics(images: Iterable[Images]) -> npt.NDArray[np.float64]:
     """Mean and standard deviation of every channel of every crop, [N, H, W, C] to [N, 2C]."""
-    return np.stack([_mean_and_deviation(image.reshape(-1, image.shape[-1])) for image in images])
+    rows = []
+    for image in images:
+        # One contiguous row per channel: several times faster than a reduction over [H, W, 3].
+        pixels = np.ascontiguousarray(image.reshape(-1, image.shape[-1]).T, dtype=np.float64)
+        rows.append(np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)]))
+    return np.stack(rows)
 
 
-def background_statistics(images: Collection[npt.NDArray[np.generic]]) -> npt.NDArray[np.float64]:
-    """Means and deviations of the channels of border and background, [N, H, W, C] to [N, 4C].
-
-    Of crops smaller than a block, or all of whose blocks are foreground, the border counts twice.
-    """
-
-    def statistics(image: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
-        ring = np.ones(image.shape[:2], bool)
-        width = max(1, min(image.shape[:2]) // _BORDER)
-        ring[width:-width, width:-width] = False
-        empty = np.kron(~foreground_map(image), np.ones((BLOCK, BLOCK), bool))
-        inside = image[: empty.shape[0], : empty.shape[1]][empty]
-        border = _mean_and_deviation(image[ring])
-        return np.concatenate([border, _mean_and_deviation(inside) if len(inside) else border])
-
-    return np.stack(parallel_map(statistics, images, title="background"))
-
-
-def _mean_and_deviation(pixels: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
-    """Of every channel, [P, C] to [2C]."""
-    # One contiguous row per channel: several times faster than a reduction over [P, C].
-    rows = np.ascontiguousarray(pixels.T, dtype=np.float64)
-    return np.concatenate([rows.mean(axis=1), rows.std(axis=1)])
+def border_statistics(images: Images) -> npt.NDArray[np.float64]:
+    """The same of a ring along the border of every crop, [N, H, W, C] to [N, 2C]."""
+    height, width = images.shape[1:3]
+    border = max(1, min(height, width) // _BORDER)
+    ring = np.ones((height, width), bool)
+    ring[border:-border, border:-border] = False
+    return crop_statistics(image[ring] for image in images)

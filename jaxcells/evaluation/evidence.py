@@ -13,8 +13,8 @@ from jaxcells.evaluation.comparison import Estimate, estimate, paired_difference
 from jaxcells.evaluation.metrics import Score, Split, SplitMetrics, field_metrics
 from jaxcells.evaluation.predictions import Predictions
 
-# Foreground fractions up to which a crop counts as "empty" and as showing "little"; see
-# `foreground`. A cell that only touches the border of a crop covers more than the first.
+# Foreground fractions (see `foreground`) up to which a crop counts as "empty", at most a sliver
+# of a cell at its edge, and as showing "little".
 EMPTY = 0.02
 LITTLE = 0.25
 _MOST_SUSPECTS = 20
@@ -159,14 +159,21 @@ def gather_evidence(
     )
 
 
+def shown(score: Score) -> str:
+    """A figure and its interval for people: 0.913 (0.850 to 0.951)."""
+    low, high = score.interval_95
+    number = "none" if score.value is None else f"{score.value:.3f}"
+    return f"{number} (no interval)" if low is None else f"{number} ({low:.3f} to {high:.3f})"
+
+
 def _subsets(
     tested: Predictions, split: Split, batches: Sequence[str] | None
 ) -> dict[str, tuple[Subset, ...]]:
-    records, groups = tested.records, tested.groups
+    records, groups = tested.records, split.groups
     foreground = np.array([record.foreground for record in records])
     amounts = np.select([foreground <= EMPTY, foreground <= LITTLE], ["empty", "little"], "much")
     # Images of one place in several channels are one field.
-    places = {(record.group, record.label, record.channel) for record in records}
+    places = {(record.group, record.channel) for record in records}
     values = {
         "channel": np.array([record.channel for record in records]),
         "group": groups if len(places) < len(set(tested.sources)) else groups[:0],
@@ -182,13 +189,15 @@ def _subsets(
 def _subset(
     name: np.str_, rows: npt.NDArray[np.bool_], tested: Predictions, split: Split
 ) -> Subset:
-    groups, images = tested.groups[rows], tested.sources[rows]
-    units = groups if len(set(groups)) > 1 else images
+    groups = split.groups[rows]
+    units = groups if len(set(groups)) > 1 else tested.sources[rows]
     part = dataclasses.replace(split, labels=split.labels[rows], groups=units)
     found = estimate(tested.predicted[None, rows], part)
-    scores = [Score(getattr(found, key), interval) for key, interval in found.interval_95.items()]
+    accuracy, balanced_accuracy = (
+        Score(getattr(found, key), interval) for key, interval in found.interval_95.items()
+    )
     counts, chance = (int(rows.sum()), len(set(units))), 1 / len(set(part.labels))
-    return Subset(str(name), *counts, *scores, chance, found.interval_note)
+    return Subset(str(name), *counts, accuracy, balanced_accuracy, chance, found.interval_note)
 
 
 def _baseline(name: str, tested: Predictions, split: Split) -> Baseline:

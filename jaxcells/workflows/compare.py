@@ -211,7 +211,8 @@ def report(
             )
         )
     comparisons = compare_with(choice.chosen, predictions, split)
-    notes = circumstances(base, done, rows, results[done[0].label].baseline.test_accuracy)
+    baselines = results[done[0].label].evidence.baselines
+    notes = circumstances(base, done, rows, baselines["brightness"].accuracy)
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)
