@@ -7,6 +7,7 @@ known nothing is said. Numbers come from the files of the run alone.
 import base64
 import dataclasses
 import io
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from jaxcells.evaluation.report_figures import (
 )
 from jaxcells.evaluation.results import RunResults
 from jaxcells.files import Error, write_whole
-from jaxcells.text import amount, counted, duration, one_line
+from jaxcells.text import counted, duration
 
 _CROP_SIDE, _FIELD_SIDE = 112, 360  # pixels of thumbnails, at most
 _MOST_CROPS, _MOST_FIELDS = 1000, 24
@@ -97,8 +98,8 @@ def write_report(path: Path, study: Study) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    functions = (_figure, _percent, amount, counted, duration, one_line)
-    environment.filters |= {function.__name__.strip("_"): function for function in functions}
+    environment.filters |= {"figure": _figure, "percent": _percent, "shell": shlex.join}
+    environment.filters |= {"counted": counted, "duration": duration}
     chosen, crops, scaled = _crops(study)
     page = environment.get_template("report.html.j2").render(
         vars(study),
@@ -109,6 +110,7 @@ def write_report(path: Path, study: Study) -> None:
         scaled=scaled,
         thumbnails=dict(_thumbnails(study)),
         shape=study.images[0].shape,
+        placed=any(record.y or record.x for record in study.crop_set.records),
     )
     with write_whole(path) as file:
         file.write(page)
@@ -244,7 +246,8 @@ def _figure(value: float | None, interval: Interval = (None, None)) -> str:
     if value is None:
         return "–"
     low, high = interval
-    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f}–{high:.3f})"
+    text = f"{value:z.3f}" if low is None else f"{value:z.3f} ({low:z.3f}–{high:z.3f})"
+    return text.replace("-", "−")
 
 
 def _percent(share: float) -> str:

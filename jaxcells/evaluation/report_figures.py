@@ -88,8 +88,10 @@ def draw_reliability(found: Reliability) -> Figure:
         ("as trained", "confidence", LINE_STYLES[1]),
         ("calibrated", "calibrated_confidence", LINE_STYLES[0]),
     ):
-        points = sorted((getattr(b, key), b.accuracy) for b in bins)
-        axes.plot(*np.transpose(points), marker="o", ms=4, **style | {"label": name, "lw": 1})
+        points = sorted((getattr(b, key), b.accuracy, b.count) for b in bins)
+        x, y, counts = np.transpose(points)
+        axes.plot(x, y, **style | {"label": name, "lw": 1})
+        axes.scatter(x, y, 10 + 150 * counts / counts.sum(), color=style["color"])
     return _with_legend(figure)
 
 
@@ -118,7 +120,7 @@ def draw_intervals(
     axes.set_yticks(range(len(rows)), [shortened(name, 30) for name in rows])
     axes.set(xlabel=label, xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
-    return _with_legend(figure)
+    return _with_legend(figure) if len(names) > 1 else figure
 
 
 @matplotlib.rc_context(_STYLE)
