@@ -99,8 +99,11 @@ def _leaks(audit: Audit, split_by: str) -> tuple[Light, str]:
 
 
 def _shortcuts(evidence: Evidence, audit: Audit, chance: float) -> tuple[Light, str]:
-    bad = [warning for warning in audit.warnings if "confounded" in warning]
-    look = [warning for warning in audit.warnings if "shortcut" in warning]
+    confounded = [warning for warning in audit.warnings if "confounded" in warning]
+    # Groups of one class each are no fault where they are patients; batches of one class are.
+    bad = [warning for warning in confounded if "batches" in warning]
+    look = [warning for warning in confounded if warning not in bad]
+    look += [warning for warning in audit.warnings if "shortcut" in warning]
     clear = []  # measured, and none
     border = evidence.baselines["background"]
     score = Score(border.balanced_accuracy, border.interval_95["balanced_accuracy"])

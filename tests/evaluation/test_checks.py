@@ -150,6 +150,9 @@ def test_what_the_audit_says_of_shortcuts():
     batches = "batches are confounded with classes: plate0 holds A alone"
     check = lights(audit=make_audit(warnings=(differ, batches)))["shortcuts"]
     assert (check.light, check.reason) == ("bad", f"{batches}; {differ}")
+    groups = "data.split_by=patient: groups and classes are confounded"
+    check = lights(audit=make_audit(warnings=(groups,)))["shortcuts"]
+    assert (check.light, check.reason) == ("look", groups)
 
 
 def test_baselines():
