@@ -1,12 +1,14 @@
 """report.html: a run, a comparison or a cross-validation on one page that needs no network.
 
-What is said stands in `templates/`, most of it under conditions on what was done: of what cannot be
-known nothing is said. Numbers come from the files of the run alone.
+What is said stands in `templates/`, under conditions on what was done; of what is not known nothing
+is said. All figures come from the files of the workdir.
 """
 
 import base64
+import contextlib
 import dataclasses
 import io
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,20 +23,13 @@ from PIL import Image
 from jaxcells.data.audit import Audit
 from jaxcells.data.crop_set import CropSet
 from jaxcells.data.images import read_image
+from jaxcells.evaluation import report_figures
 from jaxcells.evaluation.checks import Check
 from jaxcells.evaluation.comparison_table import Table
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.figures import displayed, draw_curves
 from jaxcells.evaluation.metrics import Interval, Score, SplitMetrics
 from jaxcells.evaluation.predictions import Predictions
-from jaxcells.evaluation.report_figures import (
-    as_svg,
-    draw_feature_map,
-    draw_intervals,
-    draw_precision_recall,
-    draw_reliability,
-    draw_roc,
-)
 from jaxcells.evaluation.results import RunResults
 from jaxcells.files import Error, write_whole
 from jaxcells.text import counted, duration
@@ -52,26 +47,22 @@ class Study:
 
     Attributes:
       kind: "run", "comparison" or "cross_validation".
-      title: of the page.
       test: figures of the tested crops.
       evidence: what stands beside them.
       checks: the lights.
       predictions: of the tested crops.
       images: the pixels of these crops, each [H, W, C].
-      crop_set: the crops of the run; of one of the folds.
+      crop_set: the crops of the run, or of one of the folds.
       audit: of that crop set.
-      curves: the records of metrics.jsonl; empty where several networks were trained.
+      curves: the records of metrics.jsonl; empty where several networks tested.
       config: all keys, nested.
       changes: keys that differ from the default, by their full name.
-      command: what trains the network again.
-      environment: versions and devices.
       results: of the run; of the chosen one, or of one of the folds.
       parts: sentences and tables of a comparison or cross-validation.
-      pictures: figures of its own, by what they show.
+      pictures: its own figures, by what they show.
     """
 
     kind: str
-    title: str
     test: SplitMetrics
     evidence: Evidence
     checks: Sequence[Check]
@@ -82,8 +73,6 @@ class Study:
     curves: Sequence[Mapping[str, Any]]
     config: Mapping[str, Any]
     changes: Mapping[str, Any]
-    command: str
-    environment: Mapping[str, Any]
     results: RunResults
     parts: Sequence[str | Table] = ()
     pictures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
@@ -91,56 +80,25 @@ class Study:
 
 def write_report(path: Path, study: Study) -> None:
     """Writes the page: a file that is whole or not there, below 6 MB, with all it needs in it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    templates = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"figure": _figure, "percent": _percent, "shell": shlex.join}
-    environment.filters |= {"counted": counted, "duration": duration}
-    chosen, crops, scaled = _crops(study)
-    page = environment.get_template("report.html.j2").render(
+    templates.filters |= {"counted": counted, "duration": duration, "figure": figure}
+    templates.filters |= {"percent": "{:.1%}".format, "quote": shlex.quote, "shell": shlex.join}
+    sections = choose_crops(study.predictions)
+    crops, scaled = _draw_crops(study, list(dict.fromkeys(itertools.chain(*sections.values()))))
+    page = templates.get_template("report.html.j2").render(
         vars(study),
+        as_svg=report_figures.as_svg,
         figures=_figures(study),
-        as_svg=as_svg,
-        chosen=chosen,
+        sections=sections,
         crops=crops,
         scaled=scaled,
-        thumbnails=dict(_thumbnails(study)),
-        shape=study.images[0].shape,
-        placed=any(record.y or record.x for record in study.crop_set.records),
+        thumbnails=dict(_draw_fields(study)),
     )
     with write_whole(path) as file:
         file.write(page)
-
-
-def _figures(study: Study) -> dict[str, Figure]:
-    """Every picture that the study has what it takes for, by name."""
-    predictions, evidence, test = study.predictions, study.evidence, study.test
-    figures = {
-        "roc": draw_roc(predictions),
-        "precision_recall": draw_precision_recall(predictions),
-        "reliability": draw_reliability(evidence.reliability),
-    }
-    classes = {
-        name: [Score(getattr(row, key), row.interval_95[key]) for key in _CLASS_FIGURES]
-        for name, row in test.per_class.items()
-    }
-    figures["classes"] = draw_intervals(classes, _CLASS_FIGURES, "share")
-    for kind, subsets in evidence.subsets.items():
-        rows = {f"{part.name} ({part.num_crops})": [part.accuracy] for part in subsets}
-        figures[kind] = draw_intervals(rows, ["accuracy"], "accuracy")
-    if predictions.features is not None:
-        figures["by_class"] = draw_feature_map(predictions, fields=False)
-        figures["by_field"] = draw_feature_map(predictions, fields=True)
-    if study.curves:
-        levels = {"chance": 1 / len(predictions.class_names)}
-        levels["brightness"] = evidence.baselines["brightness"].accuracy
-        step = study.results.best_step
-        figures["curves"] = draw_curves(study.curves, best_step=step, stacked=True, **levels)
-    return figures
 
 
 def choose_crops(predictions: Predictions) -> dict[str, list[int]]:
@@ -152,79 +110,80 @@ def choose_crops(predictions: Predictions) -> dict[str, list[int]]:
       probability next to the median; "more": all, the cells of the confusion matrix in turn.
     """
     labels, predicted = predictions.labels, predictions.predicted
-    ordered = np.sort(predictions.calibrated, axis=1)
-    sure, margin, right = ordered[:, -1], ordered[:, -1] - ordered[:, -2], labels == predicted
+    *_, second, sure = np.sort(predictions.calibrated, axis=1).T
+    wrong, cells = labels != predicted, labels * len(predictions.class_names) + predicted
     typical: list[int] = []
-    for label in np.unique(labels[right]):
-        of_class = np.flatnonzero(right & (labels == label))
-        from_median = np.abs(sure[of_class] - np.median(sure[of_class]))
-        typical += of_class[np.argsort(from_median, kind="stable")[:_PER_CLASS]].tolist()
-    shuffled = np.random.default_rng(0).permutation(len(labels))
-    by_cell = shuffled[np.lexsort((predicted[shuffled], labels[shuffled]))]
-    cells = np.stack([labels, predicted])[:, by_cell]
-    _, starts, counts = np.unique(cells, axis=1, return_index=True, return_counts=True)
-    turn = np.arange(len(labels)) - np.repeat(starts, counts)
-    errors = np.argsort(-sure, kind="stable")
+    for label in np.unique(labels[~wrong]):
+        right = np.flatnonzero(~wrong & (labels == label))
+        typical += right[np.argsort(np.abs(sure[right] - np.median(sure[right])))][:_PER_CLASS].tolist()
+    rng = np.random.default_rng(0)
+    by_cell = [rng.permutation(np.flatnonzero(cells == cell)).tolist() for cell in np.unique(cells)]
+    in_turn = itertools.chain(*itertools.zip_longest(*by_cell))
     return {
-        "errors": errors[~right[errors]][:_PER_SECTION].tolist(),
-        "borderline": np.argsort(margin, kind="stable")[:_PER_SECTION].tolist(),
+        "errors": [n for n in np.argsort(-sure).tolist() if wrong[n]][:_PER_SECTION],
+        "borderline": np.argsort(sure - second)[:_PER_SECTION].tolist(),
         "typical": typical,
-        "more": by_cell[np.argsort(turn, kind="stable")].tolist(),
+        "more": [n for n in in_turn if n is not None],
     }
 
 
-def _crops(study: Study) -> tuple[dict[str, list[int]], dict[int, dict[str, Any]], str]:
-    """Chosen crops by what they tell, thumbnails with what is known of them, and their scaling."""
-    predictions, sections = study.predictions, choose_crops(study.predictions)
-    numbers = list(dict.fromkeys(n for chosen in sections.values() for n in chosen))[:_MOST_CROPS]
-    pixels, scaled = displayed(np.stack([_shrunk(study.images[n], _CROP_SIDE) for n in numbers]))
-    crops: dict[int, dict[str, Any]] = {}
-    room = _CROP_BYTES
-    for number, thumbnail in zip(numbers, pixels, strict=True):
-        source = _data_url(thumbnail)
-        room -= len(source)
-        if room < 0:
-            break
-        label, guess = predictions.labels[number], predictions.predicted[number]
-        crops[number] = {
-            "source": source,
-            "true": int(label),
-            "guess": int(guess),
-            "sure": float(predictions.calibrated[number, guess]),
-            "of_label": float(predictions.calibrated[number, label]),
-            "unknown": bool(predictions.unknown[number] > 0),
-            "record": predictions.records[number],
-        }
-    told: set[int] = set()
-    for name, chosen in sections.items():  # each crop stands once on the page
-        sections[name] = [n for n in chosen if n in crops and n not in told]
-        told |= set(sections[name])
-    return sections, crops, scaled
+def figure(value: float | None, interval: Interval = (None, None)) -> str:
+    """0.945 (0.884–0.989), or 0.945 without an interval; a dash for 0/0."""
+    shown = ["" if x is None else f"{x:z.3f}".replace("-", "−") for x in (value, *interval)]
+    return (f"{shown[0]} ({shown[1]}–{shown[2]})" if shown[1] else shown[0]) or "–"
 
 
-def _thumbnails(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Fields that are still where they were: suspects, and two of each class, with their crops."""
-    predictions, sources = study.predictions, study.predictions.sources
-    wrong = predictions.labels != predictions.predicted
+def _figures(study: Study) -> dict[str, Figure]:
+    """Every picture that there is what it takes for, by name."""
+    predictions, evidence = study.predictions, study.evidence
+    classes = {
+        name: [Score(getattr(row, key), row.interval_95[key]) for key in _CLASS_FIGURES]
+        for name, row in study.test.per_class.items()
+    }
+    drawn = {
+        "classes": report_figures.draw_intervals(classes, _CLASS_FIGURES),
+        "roc": report_figures.draw_against_rest(predictions, "roc"),
+        "precision_recall": report_figures.draw_against_rest(predictions, "precision_recall"),
+        "reliability": report_figures.draw_reliability(evidence.reliability),
+    }
+    for kind, subsets in evidence.subsets.items():
+        rows = {f"{subset.name} ({subset.num_crops})": [subset.accuracy] for subset in subsets}
+        drawn[kind] = report_figures.draw_intervals(rows, ["accuracy"])
+    if predictions.features is not None:
+        drawn["features"] = report_figures.draw_feature_map(predictions)
+    if study.curves:
+        reached = evidence.baselines["brightness"].accuracy
+        levels = {"chance": 1 / len(predictions.class_names), "brightness": reached}
+        step = study.results.best_step
+        drawn["curves"] = draw_curves(study.curves, best_step=step, stacked=True, **levels)
+    return drawn
+
+
+def _draw_crops(study: Study, numbers: Sequence[int]) -> tuple[dict[int, str], str]:
+    """Thumbnails of crops, as many as there is room for, by their number; and how scaled."""
+    small = [_shrunk(study.images[number], _CROP_SIDE) for number in numbers[:_MOST_CROPS]]
+    pixels, scaled = displayed(np.stack(small))
+    urls = [_data_url(thumbnail) for thumbnail in pixels]
+    room = np.cumsum([len(url) for url in urls]) <= _CROP_BYTES
+    return dict(itertools.compress(zip(numbers, urls, strict=False), room)), scaled
+
+
+def _draw_fields(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Suspects and two tested fields of each class: thumbnail, shape, numbers of their crops.
+
+    Those that are no longer where they were, or cannot be read, are left out.
+    """
+    sources, labels = study.predictions.sources, study.predictions.labels
     names = [suspect.field for suspect in study.evidence.suspects[: _MOST_FIELDS // 3]]
-    for label in range(len(predictions.class_names)):
-        names += sorted(set(sources[predictions.labels == label].tolist()))[:2]
+    for label in np.unique(labels):
+        names += np.unique(sources[labels == label])[:2].tolist()
     for name in list(dict.fromkeys(names))[:_MOST_FIELDS]:
-        path, rows = Path(study.crop_set.root, name), np.flatnonzero(sources == name)
-        try:
+        with contextlib.suppress(Error, OSError):
+            path = Path(study.crop_set.root, name)
             image = read_image(path, plane=study.crop_set.settings.plane)
-        except (Error, OSError):
-            continue  # the page says how many could be read
-        pixels, _ = displayed(_shrunk(image, _FIELD_SIDE)[None])
-        yield (
-            name,
-            {
-                "source": _data_url(pixels[0]),
-                "label": predictions.class_names[predictions.labels[rows[0]]],
-                "shape": image.shape,
-                "crops": [(predictions.records[n], bool(wrong[n])) for n in rows],
-            },
-        )
+            pixels, _ = displayed(_shrunk(image, _FIELD_SIDE)[None])
+            rows = np.flatnonzero(sources == name).tolist()
+            yield name, {"url": _data_url(pixels[0]), "shape": image.shape, "crops": rows}
 
 
 def _shrunk(image: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
@@ -239,16 +198,3 @@ def _data_url(pixels: npt.NDArray[np.uint8]) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _figure(value: float | None, interval: Interval = (None, None)) -> str:
-    """0.945 (0.884–0.989), 0.945, or a dash for 0/0."""
-    if value is None:
-        return "–"
-    low, high = interval
-    text = f"{value:z.3f}" if low is None else f"{value:z.3f} ({low:z.3f}–{high:z.3f})"
-    return text.replace("-", "−")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -3,12 +3,11 @@
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,8 +32,10 @@ _STYLE: dict[str, Any] = PAGE | {
     "text.parse_math": False,
 }
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that it repeats
-
-OneAgainstRest = tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64], dict[str, Any]]
+_AXES = {
+    "roc": ("false positive rate", "true positive rate (recall)"),
+    "precision_recall": ("recall", "precision"),
+}
 
 
 def as_svg(figure: Figure, name: str, title: str, text: str) -> Markup:
@@ -58,23 +59,20 @@ def as_svg(figure: Figure, name: str, title: str, text: str) -> Markup:
 
 
 @matplotlib.rc_context(_STYLE)
-def draw_roc(predictions: Predictions) -> Figure:
-    """Draws the receiver operating characteristic of every class against all others."""
-    figure, axes = _square("false positive rate", "true positive rate (recall)")
-    axes.plot([0, 1], [0, 1], label="chance", **_CHANCE)
-    for right, probability, style in _one_against_rest(predictions):
-        false_rate, true_rate, _ = roc_curve(right, probability)
-        axes.plot(false_rate, true_rate, **style)
-    return _with_legend(figure)
-
-
-@matplotlib.rc_context(_STYLE)
-def draw_precision_recall(predictions: Predictions) -> Figure:
-    """Draws precision against recall of every class against all others."""
-    figure, axes = _square("recall", "precision")
-    for right, probability, style in _one_against_rest(predictions):
-        precision, recall, _ = precision_recall_curve(right, probability)
-        axes.plot(recall, precision, drawstyle="steps-post", **style)
+def draw_against_rest(predictions: Predictions, kind: Literal["roc", "precision_recall"]) -> Figure:
+    """Draws the ROC or the precision-recall curve of every class against all others."""
+    figure, axes = _square(*_AXES[kind])
+    if kind == "roc":
+        axes.plot([0, 1], [0, 1], label="chance", **_CHANCE)
+    looks = itertools.cycle(LINE_STYLES)
+    for label, (name, style) in enumerate(zip(predictions.class_names, looks, strict=False)):
+        right, probabilities = predictions.labels == label, predictions.probabilities[:, label]
+        if right.any() and not right.all():
+            curve = roc_curve if kind == "roc" else precision_recall_curve
+            first, second, _ = curve(right, probabilities)
+            x, y = (first, second) if kind == "roc" else (second, first)
+            steps = "default" if kind == "roc" else "steps-post"
+            axes.plot(x, y, drawstyle=steps, label=shortened(name, 24), **style)
     return _with_legend(figure)
 
 
@@ -83,28 +81,22 @@ def draw_reliability(found: Reliability) -> Figure:
     """Draws how often the network is right by how sure it is, before and after calibration."""
     figure, axes = _square("mean probability of the predicted class", "share that is right")
     axes.plot([0, 1], [0, 1], label="as sure as right", **_CHANCE)
-    bins = [b for b in found.bins if b.count]
-    for name, key, style in (
-        ("as trained", "confidence", LINE_STYLES[1]),
-        ("calibrated", "calibrated_confidence", LINE_STYLES[0]),
-    ):
-        points = sorted((getattr(b, key), b.accuracy, b.count) for b in bins)
-        x, y, counts = np.transpose(points)
-        axes.plot(x, y, **style | {"label": name, "lw": 1})
+    kinds = {"as trained": (found.bins, LINE_STYLES[1]), "calibrated": (found.bins_calibrated, LINE_STYLES[0])}
+    for name, (bins, style) in kinds.items():
+        points = np.array([(b.confidence, b.accuracy, b.count) for b in bins if b.count])
+        x, y, counts = points.T
+        axes.plot(x, y, lw=1, label=name, **style)
         axes.scatter(x, y, 10 + 150 * counts / counts.sum(), color=style["color"])
     return _with_legend(figure)
 
 
 @matplotlib.rc_context(_STYLE)
-def draw_intervals(
-    rows: Mapping[str, Sequence[Score]], names: Sequence[str], label: str
-) -> Figure:
+def draw_intervals(rows: Mapping[str, Sequence[Score]], names: Sequence[str]) -> Figure:
     """Draws shares with their 95 % intervals, some for each row: a forest plot.
 
     Args:
       rows: {name of the row: a share for each name}.
       names: what the shares are.
-      label: of their axis.
     """
     height = 1 + len(rows) * (0.25 + 0.12 * len(names))
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -118,50 +110,36 @@ def draw_intervals(
             ends = [end for end in score.interval_95 if end is not None]
             axes.plot(ends, [place] * len(ends), lw=1.6, color=style["color"])
     axes.set_yticks(range(len(rows)), [shortened(name, 30) for name in rows])
-    axes.set(xlabel=label, xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
+    axes.set(xlabel=", ".join(names), xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
     return _with_legend(figure) if len(names) > 1 else figure
 
 
 @matplotlib.rc_context(_STYLE)
-def draw_feature_map(predictions: Predictions, *, fields: bool) -> Figure:
-    """Draws the crops in the two directions in which the pooled features differ most (PCA).
+def draw_feature_map(predictions: Predictions) -> Figure:
+    """Draws the crops of one network in the two directions in which their features differ most.
 
-    Args:
-      predictions: of one network.
-      fields: draw a line from every crop to the mean of its group (field) and class.
+    A line joins every crop to the mean of its group (field) and class, which is a large mark.
     """
-    pca = PCA(2, random_state=0)
-    points, many = pca.fit_transform(predictions.features), len(predictions.labels) > _MANY_POINTS
     figure = Figure(figsize=(_WIDTH, _WIDTH + 0.5), layout="constrained")
-    axes = figure.subplots()
+    axes, pca = figure.subplots(), PCA(2, random_state=0)
+    points = pca.fit_transform(predictions.features)
     looks = zip(itertools.cycle(LINE_STYLES), itertools.cycle(_MARKERS), strict=False)
-    for (label, name), (style, marker) in zip(
-        enumerate(predictions.class_names), looks, strict=False
-    ):
-        crops, groups = points[predictions.labels == label], predictions.groups
+    for label, name in enumerate(predictions.class_names):
+        style, marker = next(looks)
         look: dict[str, Any] = {"color": style["color"], "marker": marker, "ls": ""}
-        named = {"label": shortened(name, 24)}
-        axes.plot(*crops.T, ms=3, mew=0, alpha=0.6, rasterized=many, **look, **({} if fields else named))
-        if fields:
-            _, index = np.unique(groups[predictions.labels == label], return_inverse=True)
-            means = np.stack([crops[index == n].mean(axis=0) for n in range(index.max() + 1)])
-            lines = np.stack([crops, means[index], np.full_like(crops, np.nan)], axis=1)
-            axes.plot(*lines.reshape(-1, 2).T, color=style["color"], lw=0.5, rasterized=many)
-            axes.plot(*means.T, ms=7, mew=1, mec="black", **look, **named)
+        of_class = predictions.labels == label
+        crops, groups = points[of_class], predictions.groups[of_class]
+        means = [crops[groups == group].mean(axis=0) for group in np.unique(groups)]
+        ends = np.array(means)[np.unique(groups, return_inverse=True)[1]]
+        lines = np.stack([crops, ends, np.full_like(crops, np.nan)], axis=1).reshape(-1, 2)
+        many = len(points) > _MANY_POINTS
+        axes.plot(*lines.T, color=style["color"], lw=0.4, alpha=0.6, rasterized=many)
+        axes.plot(*crops.T, ms=3, mew=0, alpha=0.6, rasterized=many, **look)
+        axes.plot(*np.transpose(means), ms=7, mec="black", label=shortened(name, 24), **look)
     for axis, share in zip("xy", pca.explained_variance_ratio_, strict=True):
         axes.set(**{f"{axis}label": f"{share:.0%} of the variance", f"{axis}ticks": []})
     return _with_legend(figure)
-
-
-def _one_against_rest(predictions: Predictions) -> Iterator[OneAgainstRest]:
-    """For every class that some crops are of and others not: which, probabilities, line style."""
-    styles = itertools.cycle(LINE_STYLES)
-    for label, (name, style) in enumerate(zip(predictions.class_names, styles, strict=False)):
-        right = predictions.labels == label
-        if right.any() and not right.all():
-            look = style | {"label": shortened(name, 24), "lw": 1.5}
-            yield right, predictions.probabilities[:, label], look
 
 
 def _square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
