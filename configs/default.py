@@ -7,6 +7,7 @@ changed on the command line: `--config.train.num_epochs=10`.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -32,21 +33,38 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     # "folder": images under data.root. "sample": the built-in simulation. "tfds:NAME": a set that
-    # TensorFlow Datasets has prepared. "": the folder if data.root is set, else the sample.
+    # TensorFlow Datasets has prepared. "": what data.root or data.sheet names, else the sample.
     config.data.source = ""
     # Folder with one sub-folder per class (and below it, one per channel), or the TFDS data folder.
     config.data.root = ""
+    # In place of a folder, a .csv or .tsv file with the columns path (relative to the file), class,
+    # and any of channel, group (what stays in one split, with split_by="field") and split.
+    config.data.sheet = ""
     # Seed of the crops and the split; -1 is the seed above. Set it to repeat a training with other
     # seeds on the same crops.
     config.data.seed = -1
     # Side of a crop in pixels; 0 uses every image whole.
     config.data.crop_size = 200
-    config.data.crops_per_class = 954
-    # Crops per class for train, val and test; the sum is crops_per_class.
+    # "all": as many as lie side by side in the images, or as data.mask has cells; a class with more
+    # images then has more crops.
+    config.data.crops_per_class = FieldReference(954, field_type=object)
+    # Crops per class for train, val and test; the sum is crops_per_class. With "all", their ratio.
     config.data.split = (754, 100, 100)
-    # What stays in one split: "field", "channel", a regular expression whose group 1
-    # names the group in an image's path (plate, patient, day), or "crop": nothing, as in the study.
+    # What stays in one split: "field"; "channel" (of the device, no colour); a regular expression
+    # whose group 1 names the group in an image's path (plate, patient, day, or the field of several
+    # stains); or "crop": nothing, as in the study.
     config.data.split_by = "field"
+    # What batches images were taken in (plate, day): a regular expression whose group 1 names it in
+    # an image's path. Classes that do not stand in all of them are warned of, and
+    # cross-validation leaves out one batch after another, too. "": not known.
+    config.data.batch_by = ""
+    # One fold of a cross-validation as a run of its own: "2/5" tests the second of five folds of
+    # what is not in the test split, "2/0" leaves out the second group, "2/batch" the second batch;
+    # with " all" behind it no test split is set aside.
+    config.data.fold = ""
+    # Share of the training images of every class to train on, at least one; a smaller share is a
+    # part of a larger one.
+    config.data.fraction = 1.0
     # Pixels to leave out at the top, right, bottom and left of every image (burnt-in scale bars).
     config.data.border = (0, 0, 0, 0)
     # Redraw crops with less than this fraction of foreground; 0 keeps all.
@@ -54,6 +72,10 @@ def get_config() -> ConfigDict:
     # Files to leave out: a regular expression that is searched in the path below data.root, such as
     # "_mask" for segmentations that lie beside their images.
     config.data.exclude = ""
+    # Ending of segmentations that lie beside their images, such as "_mask" for f0.png and
+    # f0_mask.tif: every crop is then centred on a cell, one each; a field gives no more crops than
+    # it has cells. "": crops at random places.
+    config.data.mask = ""
     # Which plane of a stack to read, such as "T=0" or "Z=3,T=0"; "Z=max" or "Z=mean" project it.
     config.data.plane = ""
     # "imagenet" (8-bit), "percentile" (0.5 and 99.5 % of the training crops), or "auto".

@@ -6,6 +6,7 @@ verbs
   train      make crops, train, test the best checkpoint once (the default);
              the same command resumes a run that was stopped
   compare    train several networks on the same crops, choose one, test them
+  cross_validate  test every field once, by a network that never saw it
   crop       make the crops and their manifest only
   check      make or verify the crops, and audit them for leaks
   evaluate   figures of a trained workdir; --split=train|val|test (default val),
@@ -44,6 +45,7 @@ from tqdm import tqdm
 from jaxcells.config import (
     default_config,
     expand_comparison,
+    expand_cross_validation,
     find_config,
     flatten,
     load_config,
@@ -59,6 +61,7 @@ logger = logging.getLogger("jaxcells")
 _CONFIG_VERBS = {
     "train": ("train", "train_and_evaluate"),
     "compare": ("compare", "compare"),
+    "cross_validate": ("cross_validate", "cross_validate"),
     "crop": ("prepare", "crop"),
     "check": ("prepare", "check"),
     "describe": ("describe", "describe"),
@@ -69,6 +72,7 @@ _WORKDIR_VERBS = {
     "export weights": ("export", "export_weights"),
     "export tfds": ("export", "export_tfds"),
 }
+_MORE_KEYS = ("experiments", "seeds", "fractions", "experiment", "folds", "keep_test")
 # What a value must be that cannot be read as what its key's default is.
 _VALUES = {bool: "True or False", int: "a whole number", float: "a number"}
 _NO_CONFIG = "--config is missing; for instance --config demo, see --help"
@@ -110,15 +114,21 @@ def _dispatch() -> None:
         return
     config = _config(args)
     arguments: list[Any] = [_workdir(args)]
-    if verb == "compare" or ("experiments" in config and verb in ("crop", "check")):
+    if verb == "cross_validate":
+        folder = Path(args["config"].config_filename).parent
+        config, *folds = expand_cross_validation(config, folder)
+        arguments = [*folds, *arguments]
+    elif verb == "compare" or ("experiments" in config and verb in ("crop", "check")):
         config, experiments = expand_comparison(config, Path(args["config"].config_filename).parent)
         arguments = [experiments, *arguments] if verb == "compare" else arguments
-    elif "experiments" in config:
-        raise Error(f"this config is of a comparison; run `compare` with it, not `{verb}`")
+    elif "experiments" in config or "folds" in config:
+        other = "compare" if "experiments" in config else "cross_validate"
+        raise Error(f"this config is for another verb; run `{other}` with it, not `{verb}`")
     else:
         validate(config)
     _workflow("prepare", "check_place")(config, arguments[-1])
-    with _training() if verb in ("train", "compare") else contextlib.nullcontext():
+    trains = verb in ("train", "compare", "cross_validate")
+    with _training() if trains else contextlib.nullcontext():
         _workflow(*_CONFIG_VERBS[verb])(config, *arguments)
 
 
@@ -245,7 +255,7 @@ def _training() -> Iterator[None]:
 
 def _with_flags(message: str) -> str:
     """Spells keys as flags, `data.root=X` as `--config.data.root=X`, and values as in a shell."""
-    keys = "|".join(map(re.escape, (*flatten(default_config()), "experiments", "seeds")))
+    keys = "|".join(map(re.escape, (*flatten(default_config()), *_MORE_KEYS)))
     message = re.sub(rf"(?<![\w.-])({keys})=(?!=)", r"--config.\1=", message)
     # Python doubles the backslashes of what it quotes.
     message = re.sub(r"'[^'\n]*'", lambda quoted: quoted[0].replace("\\\\", "\\"), message)

@@ -5,6 +5,7 @@ not known; what else a value must be stands in the tables below.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import runpy
@@ -36,6 +37,7 @@ def _is_expression(text: object) -> bool:
 
 
 _SOURCE = re.compile(r"|folder|sample|tfds:.+")
+_SHEET = re.compile(r"|.+\.[ct]sv", re.IGNORECASE)
 _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "init": (
         lambda x: x in ("imagenet", "random") or (x and Path(x).expanduser().exists()),
@@ -50,6 +52,8 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "data.seed": (lambda x: -1 <= x < 2**32, f"from 0 to {2**32 - 1}, or -1 for that of the run"),
     "model.width": (lambda x: 1 <= x <= 1024, "from 1 to 1024"),
     "data.source": (_SOURCE.fullmatch, "folder, sample, tfds:NAME or empty"),
+    "data.sheet": (_SHEET.fullmatch, "a .csv or .tsv file (save a spreadsheet as CSV in UTF-8)"),
+    "data.crops_per_class": (lambda x: x == "all" or str(x).isdecimal(), "a whole number or all"),
     "data.crop_size": (lambda x: x == 0 or x >= 32, "32 or more, or 0 to use images whole"),
     "data.split": (
         lambda x: len(x) == 3 and all(isinstance(n, int) and n >= 1 for n in x),
@@ -58,6 +62,11 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "data.border": (
         lambda x: len(x) == 4 and all(isinstance(n, int) and n >= 0 for n in x),
         "four whole numbers: top, right, bottom, left",
+    ),
+    "data.fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "data.batch_by": (
+        lambda x: not x or (_is_expression(x) and re.compile(x).groups),
+        "a regular expression whose group 1 is the batch, or empty",
     ),
     "data.exclude": (_is_expression, "a regular expression, or empty"),
     "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -142,7 +151,7 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     """What values may not be together, wrong ones apart, and values that other modules parse."""
     # Help and wrong flags need not wait for NumPy and readers of images.
     from jaxcells.data.planes import parse_plane
-    from jaxcells.data.splits import compile_group_pattern
+    from jaxcells.data.splits import compile_group_pattern, parse_fold
 
     data, optim, model = config.data, config.optim, config.model
     parsers: list[tuple[Callable[[Any], Any], Any]] = [
@@ -151,6 +160,8 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     ]
     if data.split_by not in ("field", "channel", "crop"):
         parsers.append((compile_group_pattern, data.split_by))
+    if data.fold:
+        parsers.append((parse_fold, data.fold))
     for parse, value in parsers:
         try:
             parse(value)
@@ -158,15 +169,24 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
             yield str(error)
     if config.init == "imagenet" and model.width != 64:
         yield f"model.width={model.width} does not fit init=imagenet, whose width is 64"
+    if data.sheet and (data.root or data.source):
+        yield "data.sheet says where the images are; leave data.root and data.source empty"
+    if data.mask and (data.min_foreground or not data.crop_size):
+        yield "data.mask centres crops on cells: set data.crop_size, and data.min_foreground=0"
     if data.source == "folder" and not data.root:
         yield "data.source='folder' needs a folder; set data.root=FOLDER"
-    if data.crop_size and "data.split" not in wrong and sum(data.split) != data.crops_per_class:
+    unclear = data.crops_per_class == "all" or {"data.split", "data.crops_per_class"} & wrong
+    if data.crop_size and not unclear and sum(data.split) != data.crops_per_class:
         held_out = max(1, round(data.crops_per_class * 100 / 954))
         suggestion = f"{data.crops_per_class - 2 * held_out},{held_out},{held_out}"
         yield (
             f"data.split={tuple(data.split)} sums to {sum(data.split)}, and data.crops_per_class "
             f"is {data.crops_per_class}; for instance data.split={suggestion}"
         )
+    if "batch" in data.fold and not data.batch_by:
+        yield f"data.fold={data.fold!r} needs data.batch_by, which finds the batch of an image"
+    if data.fold and data.crop_size and data.split_by == "crop":
+        yield "data.fold leaves whole groups out, which data.split_by=crop divides; use field"
     if optim.freeze_epochs and not optim.freeze:
         yield "optim.freeze_epochs is set and optim.freeze is empty; say what to freeze"
     if optim.freeze and optim.freeze_epochs >= config.train.num_epochs:
@@ -177,8 +197,8 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
 
 
 def data_source(config: ConfigDict) -> str:
-    """Returns "folder", "sample" or "tfds:NAME"."""
-    return config.data.source or ("folder" if config.data.root else "sample")
+    """Returns "folder" (with a sheet too), "sample" or "tfds:NAME"."""
+    return config.data.source or ("folder" if config.data.root or config.data.sheet else "sample")
 
 
 def data_seed(config: ConfigDict) -> int:
@@ -232,14 +252,16 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     """Turns the config of a comparison into that of its crops and those of its experiments.
 
     An experiment is the comparison's config with what the experiment's own file changes of
-    `default.py`, and every seed.
+    `default.py`, and every seed. With the key `fractions` there is one for each share of the
+    training images, see `data.fraction`; all are trained for as many steps, in more epochs of fewer
+    crops.
 
     Args:
       config: a config with the keys `experiments` and `seeds`.
       folder: where the config files of the experiments are; ours are found too.
 
     Returns:
-      The config without these two keys, and the experiments, all validated.
+      The config without these keys, and the experiments, all validated.
 
     Raises:
       Error: lists what is wrong with which experiment.
@@ -254,7 +276,8 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     listed = (base.experiments,) if isinstance(base.experiments, str) else base.experiments
     names = [name.strip() for text in listed for name in str(text).split(",") if name.strip()]
     seeds = list(base.seeds) if isinstance(base.seeds, tuple | list) else [base.seeds]
-    del base.experiments, base.seeds
+    fractions = base.get("fractions", ())
+    _remove(base, "experiments", "seeds", "fractions")
     validate(base)
     plain = all(re.fullmatch(r"\w[\w.-]*", name) for name in names)  # a folder is named so
     if not names or len(set(names)) < len(names) or not plain:
@@ -262,25 +285,33 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
 
+    if len(set(fractions)) < len(fractions) or not all(0 < share <= 1 for share in fractions):
+        raise Error(f"fractions={fractions} must be above 0 and at most 1, each once")
+    names_of = {share: f"_fraction{share:g}" for share in fractions} or {base.data.fraction: ""}
+
     default, shared = flatten(default_config()), flatten(base)
     experiments, mistakes = [], []
     for name in names:
-        path = folder / f"{name}.py"
-        own = flatten(load_config(path if path.is_file() else find_config(name)))
+        own = flatten(_load_named(name, folder))
         changes = {key: value for key, value in own.items() if value != default.get(key)}
         changes["model.name"] = own["model.name"]  # whatever the comparison's own is
-        for key, value in changes.items():
-            of_crops = key.startswith("data.") and not re.match(r"data\.(augment|normalize)", key)
-            if of_crops and value != shared.get(key):
+        for key, value in list(changes.items()):
+            own_keys = re.match(r"data\.(augment|normalize|fraction)", key)
+            if key.startswith("data.") and not own_keys and value != shared.get(key):
                 mistakes.append(
                     f"{name}: {key}={value!r} would need other crops than the comparison's "
                     f"{shared.get(key)!r}; set it in the config of the comparison"
                 )
-        for seed in seeds:
+                del changes[key]  # it may be of another type
+        for (share, ending), seed in itertools.product(names_of.items(), seeds):
             config = base.copy_and_resolve_references()
             config.update_from_flattened_dict(changes)
             config.seed, config.data.seed = seed, data_seed(base)
-            experiments.append(Experiment(name, seed, config))
+            if fractions:
+                config.data.fraction = share
+                config.train.num_epochs = round(config.train.num_epochs / share)
+                config.optim.freeze_epochs = round(config.optim.freeze_epochs / share)
+            experiments.append(Experiment(name + ending, seed, config))
         try:
             validate(config)
         except Error as error:
@@ -290,13 +321,58 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     return base, experiments
 
 
+def expand_cross_validation(config: ConfigDict, folder: Path) -> tuple[ConfigDict, int, bool]:
+    """Turns the config of a cross-validation into that of its runs.
+
+    This is the experiment's, with all in which the cross-validation's differs from `default.py`.
+
+    Args:
+      config: a config with the keys `experiment`, `folds` and `keep_test`.
+      folder: where the config file of the experiment is; ours are found too.
+
+    Returns:
+      The config of a run, whose `data.fold` is to be set, validated; and both other keys.
+
+    Raises:
+      Error: lists what is wrong.
+    """
+    base = config.copy_and_resolve_references().unlock()
+    keys = ("experiment", "folds", "keep_test")
+    name, folds, keep_test = map(base.get, keys)
+    _remove(base, *keys)
+    if name is None or type(folds) is not int or folds < 0 or folds == 1 or base.data.fold:
+        raise Error(
+            "a cross-validation needs the keys experiment, folds (2 or more, or 0 to leave out one "
+            "group after another) and keep_test, and no data.fold; see configs/cross_validate.py"
+        )
+    default, run = flatten(default_config()), _load_named(name, folder).unlock()
+    changes = {key: value for key, value in flatten(base).items() if value != default.get(key)}
+    run.update_from_flattened_dict(changes)
+    validate(run)
+    return run, folds, keep_test
+
+
+def _remove(config: ConfigDict, *keys: str) -> None:
+    for key in keys:
+        if key in config:
+            del config[key]
+
+
+def _load_named(name: str, folder: Path) -> ConfigDict:
+    """Returns the config of an experiment from a folder, or of ours."""
+    path = folder / f"{name}.py"
+    return load_config(path if path.is_file() else find_config(name))
+
+
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns the keys in which two configs differ, with both values.
 
-    `data.root` is left out: a folder may move, and its images are compared with the crop set.
+    `data.root` and `data.sheet` are left out: a folder may move, and its images are compared with
+    the crop set.
     """
     before, after = flatten(old), flatten(new)
-    before["data.root"] = after["data.root"] = ""
+    for values in (before, after):
+        values["data.root"] = values["data.sheet"] = ""
     return [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -59,6 +59,8 @@ class Workdir:
       report: all of it for people, one page that needs no network.
       experiments: of a comparison, a workdir per run.
       comparison: of a comparison, tables, figures and the choice.
+      folds: of a cross-validation, a workdir per fold.
+      cross_validation: of a cross-validation, tables and predictions.
     """
 
     path: Path
@@ -79,6 +81,8 @@ class Workdir:
     report = _Below("report.html")
     experiments = _Below("experiments")
     comparison = _Below("compare")
+    folds = _Below("folds")
+    cross_validation = _Below("cross_validation")
 
     def __str__(self) -> str:
         return str(self.path)

@@ -12,6 +12,7 @@ from jaxcells.config import (
     default_config,
     differences,
     expand_comparison,
+    expand_cross_validation,
     find_config,
     load_config,
     parse_multipliers,
@@ -45,6 +46,8 @@ def test_shipped_configs_are_valid_and_open_with_their_command(name):
     config = load_config(SHIPPED / f"{name}.py")
     if "experiments" in config:
         expand_comparison(config, SHIPPED)
+    elif "folds" in config:
+        expand_cross_validation(config, SHIPPED)
     else:
         validate(config)
     opening = ast.get_docstring(ast.parse((SHIPPED / f"{name}.py").read_text("utf-8")))
@@ -83,6 +86,7 @@ def test_all_mistakes_are_reported_at_once():
         data__plane="seven",
         data__normalize="minmax",
         data__exclude="(",
+        data__batch_by="plate",
         optim__learning_rate=0.0,
         optim__momentum=1.0,
         optim__schedule="linear",
@@ -91,10 +95,11 @@ def test_all_mistakes_are_reported_at_once():
     with pytest.raises(Error) as error:
         validate(config)
     text = str(error.value)
-    assert text.startswith("the config has 14 mistakes:\n")
+    assert text.startswith("the config has 15 mistakes:\n")
     for key in (
         *("seed=-1", "init=", "model.dtype=", "data.split=", "data.split_by="),
         *("data.border=", "data.min_foreground=", "plane", "data.normalize="),
+        *("data.exclude=", "data.batch_by='plate' must be a regular expression whose group 1"),
         *("optim.learning_rate=", "optim.momentum=", "optim.schedule=", "train.batch_size="),
     ):
         assert key in text
@@ -116,6 +121,10 @@ def test_all_mistakes_are_reported_at_once():
         ({"optim__freeze": ("fc",), "optim__freeze_epochs": 50}, "leaves no epoch of 50"),
         ({"optim__multipliers": ("fc",)}, "'fc' must be a regular expression, =, and a factor"),
         ({"optim__multipliers": ("fc=-1",)}, "a factor of 0 or more"),
+        ({"data__fraction": 0.0}, "above 0 and at most 1"),
+        ({"data__fold": "2 of 5"}, "must be such as 2/5"),
+        ({"data__fold": "2/5", "data__split_by": "crop"}, "which data.split_by=crop divides"),
+        ({"data__fold": "2/batch"}, r"data\.fold='2/batch' needs data\.batch_by"),
     ],
 )
 def test_mistakes_say_what_to_do(values, text):
@@ -165,3 +174,59 @@ def test_stored_configs_compare_by_key(tmp_path):
         "seed was 0, now 1",
         "train.num_epochs was 3, now 4",
     ]
+
+
+def test_all_crops_need_no_sum_and_other_words_are_mistakes():
+    validate(changed(data__crops_per_class="all"))
+    validate(changed(data__crops_per_class=60, data__split=(40, 10, 10)))
+    for value in ("most", -3, 9.5, True):
+        with pytest.raises(Error, match=r"data\.crops_per_class=.* must be a whole number or all"):
+            validate(changed(data__crops_per_class=value))
+
+
+def test_a_sheet_is_in_place_of_a_folder_and_masks_of_random_crops():
+    validate(changed(data__sheet="labels.CSV", data__mask="_mask"))
+    assert data_source(changed(data__sheet="labels.tsv")) == "folder"
+    with pytest.raises(Error, match=r"data\.sheet='a\.xlsx' must be a \.csv or \.tsv file"):
+        validate(changed(data__sheet="a.xlsx"))
+    for values in ({"data__root": "images"}, {"data__source": "sample"}):
+        with pytest.raises(Error, match=r"leave data\.root and data\.source empty"):
+            validate(changed(data__sheet="a.csv", **values))
+    for values in ({"data__crop_size": 0}, {"data__min_foreground": 0.1}):
+        with pytest.raises(Error, match=r"data\.mask centres crops on cells"):
+            validate(changed(data__mask="_mask", **values))
+    assert differences(changed(data__sheet="a.csv"), changed(data__root="b")) == []
+
+
+def cross_validation(**values):
+    config = load_config(SHIPPED / "cross_validate.py")
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return expand_cross_validation(config, SHIPPED)
+
+
+def test_what_a_cross_validation_sets_wins_over_its_experiment():
+    run, folds, keep_test = cross_validation(
+        experiment="demo", folds=0, train__num_epochs=3, data__root="images"
+    )
+    assert (folds, keep_test) == (0, True)
+    expected = load_config(SHIPPED / "demo.py")
+    expected.train.num_epochs, expected.data.root = 3, "images"
+    assert run.to_dict() == expected.to_dict()
+    assert cross_validation()[0].to_dict() == load_config(SHIPPED / "resnet34.py").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"folds": 1}, "2 or more, or 0"),
+        ({"folds": -2}, "2 or more, or 0"),
+        ({"data__fold": "1/5"}, r"and no data\.fold"),
+        ({"experiment": "resnet35"}, "no file resnet35"),
+        ({"experiment": "compare"}, "experiments is not a key"),
+        ({"optim__momentum": 2.0}, r"optim\.momentum=2\.0 must be"),
+        ({"optim__lerning_rate": 2.0}, r"optim\.lerning_rate is not a key"),
+    ],
+)
+def test_wrong_cross_validations_say_what_is_wrong(values, text):
+    with pytest.raises(Error, match=text):
+        cross_validation(**values)

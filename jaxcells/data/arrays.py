@@ -13,6 +13,7 @@ import numpy as np
 from jaxcells.data.crop_set import CropRecord, CropSet, pixel_sha256, read_crop
 from jaxcells.data.fields import SPLITS
 from jaxcells.data.parallel import parallel_map
+from jaxcells.data.rng import named_generator
 
 logger = logging.getLogger("jaxcells")
 
@@ -65,6 +66,27 @@ def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     return _open(crop_set, directory)
+
+
+def with_fraction(arrays: SplitArrays, fraction: float, *, seed: int) -> SplitArrays:
+    """Keeps a share of the images of every class, with all their crops, in memory.
+
+    Args:
+      arrays: a split.
+      fraction: above 0; each class keeps at least one image. What is kept for a smaller fraction is
+        kept for a larger one, too.
+      seed: of the order in which images are added.
+    """
+    if fraction == 1:
+        return arrays
+    kept: set[str] = set()
+    for label in {record.label for record in arrays.records}:
+        sources = sorted({record.source for record in arrays.records if record.label == label})
+        order = named_generator(seed, "fraction", label).permutation(sources).tolist()
+        kept.update(order[: max(1, round(fraction * len(order)))])
+    rows = [n for n, record in enumerate(arrays.records) if record.source in kept]
+    records = tuple(arrays.records[n] for n in rows)
+    return SplitArrays(arrays.images[rows], arrays.labels[rows], records)
 
 
 def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from jaxcells.data.crop_set import CropRecord, CropSet
 from jaxcells.data.fields import SPLITS
 from jaxcells.data.parallel import parallel_map
 from jaxcells.files import Error
-from jaxcells.text import shortened, some, text_table
+from jaxcells.text import digits, shortened, some, text_table
 
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 
@@ -19,6 +20,7 @@ _FEW_FIELDS = 5
 _NEAR_CONSTANT = 0.005
 _IMBALANCE = 2.0
 _DIFFERENT = 0.25
+_RANGE_RATIO = 8  # 16-bit beside 12-bit pixels are 16-fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +45,61 @@ class Audit:
             raise Error(f"the audit found {len(self.errors)} errors: {'; '.join(self.errors)}")
 
 
-def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
+def batch_of(sources: Sequence[str], batch_by: str) -> list[str]:
+    """Returns the batch (plate, day, donor) of every image; "" for all where none is asked for.
+
+    Args:
+      sources: paths below the image folder, as in the manifest.
+      batch_by: regular expression, searched in them; its group 1 names the batch. Or empty.
+
+    Raises:
+      Error: it finds no group 1 in a path.
+    """
+    found = {s: match[1] for s in sources if (match := re.search(batch_by or "()", s))}
+    if missing := [s for s in sources if batch_by and not found.get(s)]:
+        raise Error(f"data.batch_by={batch_by!r} finds no group 1 in the path of {some(missing)}")
+    return [found[s] for s in sources]
+
+
+def audit_crops(
+    crop_set: CropSet, arrays: Mapping[str, SplitArrays], *, batch_by: str = ""
+) -> Audit:
     """Looks for leaks between the splits, and for shortcuts between the classes.
+
+    Batches and classes are confounded where a batch lacks a class, for a network may then learn the
+    batch. The groups of an expression as `split_by` are looked at as batches are, if they have five
+    images each: those are plates or days, smaller ones rather the pictures of a field.
 
     Args:
       crop_set: the crops with their manifest.
       arrays: their pixels.
+      batch_by: see `batch_of`.
+
+    Raises:
+      Error: `batch_by` does not fit the paths.
     """
     records = crop_set.records
     counts = _counts(records, crop_set.class_names)
     shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
     flat = {record.crop for split in arrays.values() for record in _near_constant(split)}
-    warnings = []
+    warnings, is_fold = [], bool(crop_set.settings.fold)
     errors = [
         f"class {name!r} has no crops in {split}"
-        for split in SPLITS
+        for split in SPLITS[: 2 if is_fold else 3]  # a fold need not test every class
         for name, count in counts[split].items()
         if not count["crops"]
     ]
 
+    if is_fold:
+        # With one group of a class to train on, train and val share it: no figure rests on that.
+        if shared := _clashes(records, [record.group for record in records], "split"):
+            warnings.append(
+                f"{len(shared)} groups give crops to train and val of this fold, too few to part "
+                f"them, such as {shared[0][0].group}: only the choice of the epoch rests on that"
+            )
+        records = tuple(
+            dataclasses.replace(r, split="train") if r.split == "val" else r for r in records
+        )
     # The study's plain random split shares fields: there that is what was asked for.
     split_crops = crop_set.settings.split_by == "crop" and not crop_set.came_split
     for what, attribute in (("images", "source"), ("groups", "group")):
@@ -96,14 +134,16 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     if flat:
         warnings.append(
             f"{len(flat)} of {len(records)} crops are nearly constant, such as {min(flat)}; "
-            "data.min_foreground=0.1 redraws empty crops"
+            f"a data.min_foreground above {crop_set.settings.min_foreground:g} redraws empty crops"
         )
-    for split in ("val", "test"):
+    for split in SPLITS[: 1 if is_fold else 3]:  # its others are few by design, and pooled
         fields = {name: count["fields"] for name, count in counts[split].items()}
         if few := [f"{name} {number}" for name, number in fields.items() if number < _FEW_FIELDS]:
+            rests = "what is learnt of these classes rests on so many"
+            trust = rests if split == "train" else "its intervals are wide or cannot be trusted"
             warnings.append(
                 f"few independent fields in {split} ({some(few)}): crops of one field are "
-                "alike, so its intervals are wide or cannot be trusted"
+                f"alike, so {trust}"
             )
     crops = {name: count["crops"] for name, count in counts["train"].items()}
     most, least = max(crops, key=crops.__getitem__), min(crops, key=crops.__getitem__)
@@ -113,6 +153,13 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
             f"{crops[least]}; read balanced accuracy, and consider optim.class_weights=balanced"
         )
     warnings += _shortcuts(crop_set.field_kinds)
+    labels, groups, sources = zip(*((r.label, r.group, r.source) for r in records), strict=True)
+    warnings += _confounded("data.batch_by: batches", batch_of(sources, batch_by), labels)
+    if len(set(sources)) >= _FEW_FIELDS * len(set(groups)):
+        warnings += _confounded(
+            f"data.split_by={crop_set.settings.split_by}: groups", groups, labels
+        )
+    warnings += _ranges(arrays["train"])
     return Audit(tuple(errors), tuple(warnings), counts, shared_pixels)
 
 
@@ -125,7 +172,9 @@ def describe_audit(audit: Audit, class_names: Sequence[str]) -> str:
     lines = [text_table(["class", *SPLITS], rows), "(crops / independent fields)"]
     lines += [f"ERROR: {text}" for text in audit.errors]
     lines += [f"warning: {text}" for text in audit.warnings]
-    if not audit.errors and any(audit.shared_pixels.values()):
+    if not audit.errors and audit.shared_pixels["val"] and not audit.shared_pixels["test"]:
+        lines.append("audit passed: nothing that is tested stands in another split")
+    elif not audit.errors and any(audit.shared_pixels.values()):
         lines.append("audit passed with shared pixels, as data.split_by=crop asks for")
     elif not audit.errors:
         lines.append("audit passed: nothing stands in two splits")
@@ -199,3 +248,29 @@ def _shortcuts(field_kinds: Counts) -> Iterator[str]:
                 f"classes differ in {kind} ({shortened(listed, 400)}): a shortcut by which a "
                 "network can tell them apart without looking at cells"
             )
+
+
+def _confounded(what: str, units: Sequence[str], labels: Sequence[str]) -> Iterator[str]:
+    """Warns where plates or days do not show every class, from the unit and class of each crop."""
+    pairs = sorted(set(zip(units, labels, strict=True)))
+    shown = {unit: [label for other, label in pairs if other == unit] for unit, _ in pairs}
+    if any(len(names) < len(set(labels)) for names in shown.values()):
+        listed = some([f"{unit}: {'+'.join(names)}" for unit, names in shown.items()], 8)
+        outcome = "may tell these apart instead of cells"
+        if all(len(names) == 1 for names in shown.values()):
+            outcome = "need not look at cells at all, and no figure of this study could show it"
+        yield f"{what} and classes are confounded ({listed}): a network {outcome}"
+
+
+def _ranges(train: SplitArrays) -> Iterator[str]:
+    """Warns where the brightest pixels of classes are on scales that differ."""
+    high = {}
+    for name in sorted({record.label for record in train.records}):
+        rows = [row for row, record in enumerate(train.records) if record.label == name][:500]
+        high[name] = np.percentile(train.images[rows, ::4, ::4], 99.9)
+    if max(high.values()) > _RANGE_RATIO * min(high.values()):
+        listed = some([f"{name}: {digits(value)}" for name, value in high.items()], 8)
+        yield (
+            f"classes differ in the range of their pixels (99.9 % are below: {listed}): 12-bit "
+            "beside 16-bit images, or another exposure? A shortcut by which a network can tell them"
+        )

@@ -19,11 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxcells.data.crops import Crop, CropSettings, draw_crops
+from jaxcells.data.crops import Crop, CropSettings, draw_crops, fold_of_fields
 from jaxcells.data.fields import SPLITS, Field, find_fields, image_notes, is_hidden, usable_fields
 from jaxcells.data.foreground import foreground_fraction, foreground_map
 from jaxcells.data.images import read_image, write_crop
+from jaxcells.data.objects import find_cells
 from jaxcells.data.parallel import parallel_map
+from jaxcells.data.sheet import SHEETS, find_in_sheet
+from jaxcells.data.siblings import check_siblings
 from jaxcells.data.splits import with_groups
 from jaxcells.files import Error, file_sha256, from_record, read_json, write_csv, write_json
 from jaxcells.text import some
@@ -84,12 +87,14 @@ class CropSet:
       class_names: sorted; the position is the label.
       manifest_sha256: the identity of the set.
       settings: what the set was drawn with.
-      root: the image folder, absolute.
-      sources: for every image below the root: {"bytes": its size, "sha256": hash of its pixels, or
-        None for an image that gave no crop}.
-      came_split: whether the image folder brought its own split.
+      root: the image folder, or that of the sheet, absolute.
+      sources: for every image: {"bytes": its size, "sha256": hash of its pixels, or None for an
+        image that gave no crop, "origin": class, channel, group and split, as found}.
+      came_split: whether the image folder or sheet brought its own split.
+      split_by: as in `settings`, or "group" where the groups are those of a sheet.
       field_kinds: for every class, the counts of its images' sizes, channels, dtypes and suffixes.
       notes: what was left out or interpreted on the way.
+      num_folds: of the cross-validation whose fold this set is; 0 of any other set.
     """
 
     directory: Path
@@ -100,8 +105,10 @@ class CropSet:
     root: str
     sources: Mapping[str, Mapping[str, Any]]
     came_split: bool
+    split_by: str
     field_kinds: Mapping[str, Mapping[str, Mapping[str, int]]]
     notes: tuple[str, ...]
+    num_folds: int
 
     def split(self, name: str) -> list[CropRecord]:
         """Returns the records of one split, in the order of the manifest."""
@@ -117,7 +124,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
 
     Args:
       directory: where the crop set is or will be.
-      root: the image folder, see `find_fields`.
+      root: the image folder, see `find_fields`, or a sheet, see `find_in_sheet`.
       settings: how many crops of what size, and how they are split.
 
     Raises:
@@ -135,22 +142,26 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         logger.info("reusing %d crops in %s", len(crop_set.records), directory)
         return crop_set
 
-    fields = find_fields(root, plane=settings.plane, exclude=settings.exclude)
-    size = settings.crop_size
-    if all((field.info.height, field.info.width) == (size, size) for field in fields):
+    fields = _find(root, settings)
+    size, split_by = settings.crop_size, settings.split_by
+    if not settings.mask and all((f.info.height, f.info.width) == (size, size) for f in fields):
         size = 0
     used, notes = usable_fields(fields, size or None, settings.border)
-    used = with_groups(used, settings.split_by)
-    notes += image_notes(used)
-    if not size:
-        notes.append(
-            "images are used whole, as crops that were made elsewhere; those cut from one image "
-            "need a group in common (data.split_by), or test and training share images"
-        )
-    if settings.split_by not in ("field", "crop"):
+    if split_by == "field" and any(field.group != field.name for field in used):
+        split_by = "group"
+    else:
+        used = with_groups(used, split_by)
+    places = None
+    if settings.mask:
+        places, note = find_cells(used, settings.mask, size, settings.border)
+        used = [field for field in used if places[field.name]]
+        notes.append(note)
+    notes += image_notes(used) + check_siblings(used, split_by, settings.plane)
+    if split_by not in ("field", "crop"):
         groups = sorted({field.group for field in used})
         number = f"{len(groups)} groups in {len(used)} images"
-        notes.append(f"data.split_by={settings.split_by}: {number}, such as {some(groups, 3)}")
+        policy = "column group" if split_by == "group" else f"data.split_by={split_by}"
+        notes.append(f"{policy}: {number}, such as {some(groups, 3)}")
     for note in notes:
         # Outlines beside their images are seldom meant to be images.
         level = logging.WARNING if "data.exclude" in note else logging.INFO
@@ -159,7 +170,8 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     listed = some([f"{label} {number}" for label, number in sorted(per_class.items())])
     logger.info("found %d images: %s", len(used), listed)
 
-    crops = draw_crops(used, dataclasses.replace(settings, crop_size=size))
+    effective = dataclasses.replace(settings, crop_size=size, split_by=split_by)
+    crops = draw_crops(used, effective, places)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     records, hashes = _write_crops(partial, crops, size, settings.plane)
@@ -168,14 +180,15 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         "class_names": sorted(per_class),
         "manifest_sha256": file_sha256(partial / "manifest.csv"),
         "settings": dataclasses.asdict(settings),
-        "root": str(root.resolve()),
+        "root": _folder(root),
         "sources": {
-            field.name: {"bytes": field.path.stat().st_size, "sha256": hashes.get(field.name)}
-            for field in fields
+            field.name: {"sha256": hashes.get(field.name), **_source(field)} for field in fields
         },
         "came_split": any(field.split for field in fields),
+        "split_by": split_by,
         "field_kinds": _field_kinds(used),
         "notes": notes,
+        "num_folds": max(fold_of_fields(used, effective).values(), default=0),
     }
     write_json(partial / "crop_set.json", description)
     partial.rename(directory)
@@ -314,21 +327,37 @@ def _field_kinds(fields: Sequence[Field]) -> Mapping[str, Mapping[str, Mapping[s
     return kinds
 
 
+def _find(root: Path, settings: CropSettings) -> list[Field]:
+    if root.suffix.lower() in SHEETS:
+        return find_in_sheet(root, plane=settings.plane, exclude=settings.exclude)
+    return find_fields(root, plane=settings.plane, exclude=settings.exclude, mask=settings.mask)
+
+
+def _folder(root: Path) -> str:
+    return str((root.parent if root.suffix.lower() in SHEETS else root).resolve())
+
+
+def _source(field: Field) -> dict[str, Any]:
+    """Returns what is known of an image, and of what a sheet says of it, without its pixels."""
+    origin = [field.label, field.channel, field.group, field.split]
+    return {"bytes": field.path.stat().st_size, "origin": origin}
+
+
 def _check_same_sources(crop_set: CropSet, root: Path) -> None:
-    """Refuses a crop set whose images are not those below the root any more.
+    """Refuses a crop set whose images are not those of the root any more, as it describes them.
 
     The same folder may be away meanwhile. Another folder, perhaps the same one moved, is compared
     by its pixels.
     """
-    moved, plane = str(root.resolve()) != crop_set.root, crop_set.settings.plane
-    if not moved and not root.is_dir():
+    moved, plane = _folder(root) != crop_set.root, crop_set.settings.plane
+    if not moved and not root.exists():
         logger.info("%s is not there; going on with the crops drawn from it", root)
         return
-    fields = find_fields(root, plane=plane, exclude=crop_set.settings.exclude)
+    fields = _find(root, crop_set.settings)
 
     def is_same(field: Field) -> bool:
         source = crop_set.sources.get(field.name)
-        if source is None or source["bytes"] != field.path.stat().st_size:
+        if source is None or {**source, **_source(field)} != source:
             return False
         sha256 = source["sha256"] if moved else None
         return sha256 is None or pixel_sha256(read_image(field.path, plane=plane)) == sha256

@@ -1,7 +1,7 @@
 """Finds the classes, channels and fields of view under a folder.
 
 The layout is `root/<class>/[<channel>/…/]<image>`. A folder that comes split already,
-`root/{train,val,test}/<class>/…`, keeps its split.
+`root/{train,val,test}/<class>/…`, keeps its split; without `val`, a part of `train` serves.
 """
 
 import collections
@@ -23,9 +23,9 @@ logger = logging.getLogger("jaxcells")
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
-_SPLIT_OF = {name: names[0] for names in _SPLIT_NAMES for name in names}
-# How programs name the outlines of 0.png: 0_mask.png, 0_cp_masks.png, 0-seg.tif, 0_labels.png.
-_MASK = re.compile(r"(.+?)([-_. ](?:cp_)?(?:masks?|seg|labels?|rois?))", re.IGNORECASE)
+SPLIT_OF = {name: names[0] for names in _SPLIT_NAMES for name in names}
+"""The split that a name in lower case means."""
+
 _SHEETS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 
 
@@ -40,7 +40,8 @@ class Field:
       group: what must stand in one split alone. `find_fields` sets it to `name`.
       name: path below the root with forward slashes: the identity of the field in seeds and tables.
       info: size, channels and dtype.
-      split: "train", "val" or "test" where the folder came split, else None.
+      split: "train", "val" or "test" where the folder came split, else None; also for training
+        images where there is no folder for validation.
     """
 
     path: Path
@@ -52,7 +53,9 @@ class Field:
     split: str | None = None
 
 
-def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str = "") -> list[Field]:
+def find_fields(
+    root: str | os.PathLike[str], *, plane: str = "", exclude: str = "", mask: str = ""
+) -> list[Field]:
     """Returns every image under `root`, sorted by name.
 
     Hidden files and files that are no images are left out; the log says how many.
@@ -62,6 +65,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
       plane: which plane of a stack to read, see `read_image`.
       exclude: regular expression; files in whose path below `root` it is found are left out, and a
         class of which nothing remains. Empty: none.
+      mask: ending of the names of masks, see `objects`, which are left out. Empty: there are none.
 
     Raises:
       Error: no such folder, no images, one class, an empty class, a format that is not read, or
@@ -70,6 +74,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
     root = Path(root).expanduser()
     folders = class_folders(root)
     files = [(c, path) for c in folders for path in _files_below(c.path, set())]
+    files = [(c, path) for c, path in files if not (mask and path.stem.endswith(mask))]
     try:
         wanted = [f for f in files if not (exclude and re.search(exclude, _below(root, f[1])))]
     except re.error as error:
@@ -107,7 +112,7 @@ def find_fields(root: str | os.PathLike[str], *, plane: str = "", exclude: str =
 
 
 class ClassFolder(NamedTuple):
-    """A folder of one class, and the split it came in, if any."""
+    """A folder of one class, and the split it came in, if any and if it is not to be divided."""
 
     split: str | None
     label: str
@@ -118,7 +123,7 @@ def class_folders(root: Path) -> list[ClassFolder]:
     """Returns the folder of every class under `root`, and of every split where it came split.
 
     Raises:
-      Error: no such folder, no folders in it, or some of a split without the others.
+      Error: no such folder, no folders in it, or a part of a split without the others.
     """
     if not root.is_dir():
         raise Error(f"{root}: the image folder does not exist, or is a file; set data.root=FOLDER")
@@ -128,26 +133,28 @@ def class_folders(root: Path) -> list[ClassFolder]:
             f"{root}: no class folders found; put the images of each cell line into a folder "
             f"of its own{_sheet_hint(root)}"
         )
-    splits = {name: _SPLIT_OF[name.lower()] for name in folders if name.lower() in _SPLIT_OF}
+    splits = {name: SPLIT_OF[name.lower()] for name in folders if name.lower() in SPLIT_OF}
     if len(set(splits.values())) < 2:
         return [ClassFolder(None, label, root / label) for label in folders]
-    if len(folders) != len(SPLITS) or sorted(splits.values()) != sorted(SPLITS):
+    if len(folders) != len({*splits.values()}) or not {"train", "test"} <= {*splits.values()}:
         raise Error(
             f"{root}: {some(sorted(splits))} look like a split, which needs the folders train, val "
-            f"and test and no other; there are {some(folders)}: rename them, or put the classes "
-            "directly below the root to have them split"
+            f"(or none) and test and no other; there are {some(folders)}: rename them, or put the "
+            "classes directly below the root to have them split"
         )
     labels = collections.Counter(
         label for name in folders for label in _visible_folders(root / name)
     )
-    uneven = sorted(label for label, count in labels.items() if count < len(SPLITS))
+    uneven = sorted(label for label, count in labels.items() if count < len(folders))
     if uneven:
         raise Error(
-            f"{root}: train, val and test need the same class folders, and not all of them have "
+            f"{root}: {', '.join(folders)} need the same class folders, and not all of them have "
             f"{some(uneven)}"
         )
+    # Without a folder for validation, it takes a part of the training fields.
+    came = {name: split for name, split in splits.items() if len(splits) == 3 or split == "test"}
     return [
-        ClassFolder(splits[name], label, root / name / label)
+        ClassFolder(came.get(name), label, root / name / label)
         for name in folders
         for label in labels
     ]
@@ -171,7 +178,8 @@ def _sheet_hint(root: Path) -> str:
     for path in root.iterdir():
         if path.suffix.lower() in _SHEETS and not is_hidden(path):
             return (
-                f"; labels in sheets such as {path.name} are not read yet: make a folder per class"
+                f"; to take the classes from {path.name}, save it as CSV with the columns path and "
+                "class and set data.sheet=FILE"
             )
     return ""
 
@@ -187,19 +195,27 @@ def usable_fields(
       border: pixels left out at the (top, right, bottom, left).
 
     Returns:
-      The fields that can be used, and one note per class that lost some, for the report.
+      The fields that can be used, and notes for the report: one per class that lost some, and one
+      where images may be crops themselves.
 
     Raises:
       Error: a class has no image that is large enough; images differ in channels or dtype; or,
         used whole, in size.
     """
     kept, notes = list(fields), []
+    largest = max(max(field.info.height, field.info.width) for field in fields)
+    if not crop_size or largest < 2 * crop_size:
+        what = "are hardly larger than crops" if crop_size else "are used whole"
+        notes = [
+            f"images {what}, as if cut elsewhere, and each counts as a field; those cut from one "
+            "image need a group in common (data.split_by), or test and training share images"
+        ]
     if crop_size:
         kept = [f for f in fields if num_positions(f.info, crop_size, border) > 0]
         num_all = collections.Counter(f.label for f in fields)
         num_lost = num_all - collections.Counter(f.label for f in kept)
         within = f" inside the border {border}" if any(border) else ""
-        notes = [
+        lost_notes = [
             f"{lost} of {num_all[label]} images of {label!r} are smaller than the "
             f"{crop_size}x{crop_size} crop{within} and give no crops"
             for label, lost in sorted(num_lost.items())
@@ -212,8 +228,8 @@ def usable_fields(
         fits = f"data.crop_size={size} fits into at least nine of ten images of every class"
         advice = f"; {fits}" if 0 < size < crop_size else ""
         if any(num_lost[label] == n for label, n in num_all.items()):
-            raise Error(f"{some(notes)}{advice}; data.crop_size=0 uses the images whole")
-        notes = [note + advice for note in notes]
+            raise Error(f"{some(lost_notes)}{advice}; data.crop_size=0 uses the images whole")
+        notes += [note + advice for note in lost_notes]
     else:
         _check_uniform(kept, lambda f: f"{f.info.height}x{f.info.width} pixels", "size")
     _check_uniform(kept, lambda f: f"{f.info.channels}", "number of colour channels")
@@ -226,31 +242,21 @@ def _room(info: ImageInfo, border: tuple[int, int, int, int]) -> tuple[int, int]
     return info.height - top - bottom, info.width - left - right
 
 
-def num_positions(info: ImageInfo, crop_size: int, border: tuple[int, int, int, int]) -> int:
-    """Returns in how many places a square crop fits into an image inside its border."""
-    rows, columns = _room(info, border)
-    return max(rows - crop_size + 1, 0) * max(columns - crop_size + 1, 0)
+def num_positions(
+    info: ImageInfo, crop_size: int, border: tuple[int, int, int, int], step: int = 1
+) -> int:
+    """Returns in how many places, `step` pixels apart, a square crop fits inside the border."""
+    rows, columns = ((side - crop_size) // step + 1 for side in _room(info, border))
+    return max(rows, 0) * max(columns, 0)
 
 
 def image_notes(fields: Sequence[Field]) -> list[str]:
-    """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count.
-
-    Outlines beside their images are named with the pattern that leaves them all out.
-    """
+    """Returns what reading changed or interpreted (alpha dropped, …), a line each with a count."""
     counts = collections.Counter(note for field in fields for note in field.info.notes)
-    notes = [f"{counted(count, 'image')}: {note}" for note, count in sorted(counts.items())]
-    stems = {os.path.splitext(field.name)[0] for field in fields}
-    matches = filter(None, map(_MASK.fullmatch, stems))
-    endings = sorted({match[2] for match in matches if match[1] in stems})
-    if endings:
-        pattern = rf"({'|'.join(endings)})\."
-        masks = [field.name for field in fields if re.search(pattern, field.name)]
-        notes.append(
-            f"{counted(len(masks), 'image')} named as masks of others beside them ({some(masks)}) "
-            "are used as images themselves, so that outlines of a test image may stand in "
-            f"training; data.exclude='{pattern}' leaves them out"
-        )
-    return notes
+    if {field.split for field in fields} == {"test", None}:
+        number = sum(field.split is None for field in fields)
+        counts["from the folder train, divided into training and validation images"] = number
+    return [f"{counted(count, 'image')}: {note}" for note, count in sorted(counts.items())]
 
 
 def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:

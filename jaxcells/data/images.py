@@ -13,31 +13,37 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from jaxcells.data.picture import EXPORT as EXPORT
 from jaxcells.data.picture import Picture, Refused, orient
 from jaxcells.data.planes import Plane
 from jaxcells.data.planes import parse_plane as parse_plane
 from jaxcells.data.raster import open_bmp, open_jpeg, open_png
 from jaxcells.data.tiff import open_tiff, quiet
+from jaxcells.data.vendor import open_czi, open_lif, open_nd2
 from jaxcells.files import Error
 from jaxcells.text import by, one_line
 
 # By the first bytes of a file.
 _RASTERS = {b"\x89PNG\r\n\x1a\n": open_png, b"\xff\xd8\xff": open_jpeg, b"BM": open_bmp}
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STACKS = dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), open_tiff) | {
+    b"ZISRAWFILE": open_czi,
+    b"p\0\0\0": open_lif,
+    b"\xda\xce\xbe\x0a": open_nd2,
+    b"\0\0\0\x0cjP  ": open_nd2,  # before 2009
+}
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".stk"})
+_SUFFIXES = "bmp czi jpeg jpg lif nd2 png stk tif tiff"
+SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """Lower-case suffixes of the files that are read."""
 
 _FOREIGN = (
-    "arw avif cr2 cr3 czi dcm dng dv exr gif heic heif ics ids ims jp2 jpx jxl lif lof lsm mrxs nd "
-    "nd2 ndpi nef oib oif oir orf psd rw2 scn sld svs vsi webp xdce zarr zvi"
+    "arw avif cr2 cr3 dcm dng dv exr gif heic heif ics ids ims jp2 jpx jxl lof lsm mrxs nd ndpi "
+    "nef oib oif oir orf psd rw2 scn sld svs vsi webp xdce zarr zvi"
 )
 FOREIGN = frozenset(f".{suffix}" for suffix in _FOREIGN.split())
 """Lower-case suffixes of images in other formats, which are refused and never passed over."""
-EXPORT = "export it as OME-TIFF (Fiji with Bio-Formats does), or a photograph as PNG"
-"""What to do with them."""
 
-_DECODERS = {"tifffile", "imagecodecs", "PIL"}
+_DECODERS = {"tifffile", "imagecodecs", "PIL", "czifile", "liffile", "nd2"}
 
 
 class ImageError(Error):
@@ -91,7 +97,8 @@ def read_image(path: str | os.PathLike[str], *, plane: str = "") -> np.ndarray:
     is dropped; `inspect_image` notes what happened. May be called from many threads.
 
     Args:
-      path: PNG, JPEG, BMP, TIFF, BigTIFF, OME-TIFF, ImageJ TIFF or MetaMorph STK.
+      path: PNG, JPEG, BMP, TIFF, BigTIFF, OME-TIFF, ImageJ TIFF or MetaMorph STK; CZI, LIF or ND2
+        where the packages that read them are installed.
       plane: which plane of files with several, for example "T=0", or "Z=max" and "Z=mean" for
         the maximum or the mean of all (rounded to the nearest for integers, halves to even); see
         `planes.parse_plane`. The data type stays.
@@ -145,13 +152,20 @@ def write_crop(path: str | os.PathLike[str], pixels: np.ndarray) -> Path:
 def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
     """Open an image; what is wrong with the file, here or while it is open, is an ImageError."""
     chosen = parse_plane(plane)
+    with opened(path) as file:
+        yield _open_format(file, Path(path).suffix.lower(), chosen)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file to decode; what is wrong with it, here or while it is open, is an ImageError."""
     name = os.fspath(path)
     try:
         # Opening a named pipe would wait for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("is a folder or a device, not an image file")
         with open(path, "rb") as file, quiet():
-            yield _open_format(file, Path(name).suffix.lower(), chosen)
+            yield file
     except Exception as error:
         if isinstance(error, Refused):
             reason = str(error)
@@ -188,9 +202,10 @@ def _open_format(file: BinaryIO, suffix: str, plane: Plane) -> Picture:
         raise Refused("is empty (0 bytes)")
     if suffix in FOREIGN and not open_raster:
         raise Refused(f"is a {suffix[1:].upper()} file, which is not read: {EXPORT}")
-    if not (open_raster or head.startswith(_TIFF)):
-        raise Refused(f"is no PNG, JPEG, TIFF or BMP image: it begins with {head!r}")
-    picture = open_raster(file) if open_raster else open_tiff(file, plane)
+    open_stack = next((o for first, o in _STACKS.items() if head.startswith(first)), open_tiff)
+    if not (open_raster or head.startswith(tuple(_STACKS))):
+        raise Refused(f"is no PNG, JPEG, TIFF, BMP, CZI, LIF or ND2 image: it begins with {head!r}")
+    picture = open_raster(file) if open_raster else open_stack(file, plane)
     if picture.orientation == 1:
         return picture
     turned = f"turned as its orientation tag says ({picture.orientation})"

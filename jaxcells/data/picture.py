@@ -17,6 +17,8 @@ MAX_BYTES = 4 * 2**30
 # Deflate cannot expand more than 1032 times, and JPEG of an empty field stays well below that.
 _MAX_EXPANSION = 2000
 _ALWAYS_ALLOWED = 64 * 2**20
+EXPORT = "export it as OME-TIFF (Fiji with Bio-Formats does), or a photograph as PNG"
+"""What to do with a format that is not read."""
 ALPHA = "alpha channel dropped"
 LOOKUP_TABLE = "palette is a lookup table; its indices are read as intensities"
 INDEXED = (

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcells.data.picture import Refused
 from jaxcells.files import Error
+from jaxcells.text import some
 
 Plane = Mapping[str, int | str]
 
@@ -63,6 +64,29 @@ def parse_plane(text: str) -> dict[str, int | str]:
     if _PROJECTIONS.keys() <= set(plane.values()):
         raise Error(f"data.plane={text}: use either max or mean, for the order would matter")
     return plane
+
+
+def choose_series(images: Sequence[str], plane: Plane) -> int:
+    """Return which of the separate images of a file to read.
+
+    Args:
+      images: how each is described.
+      plane: what `parse_plane` returned.
+
+    Raises:
+      Refused: there is none, or there are several and "series" names none of them.
+    """
+    if len(images) == 1:
+        return 0
+    if not images:
+        raise Refused("has no image in it")
+    index = int(plane.get("series", len(images)))
+    if index >= len(images):
+        raise Refused(
+            f"has {len(images)} separate images ({some(images, 6)}): choose one with "
+            f"data.plane=series=0 (0 to {len(images) - 1}), or export each to use them all"
+        )
+    return index
 
 
 @dataclass(frozen=True)

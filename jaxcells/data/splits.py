@@ -18,9 +18,10 @@ from jaxcells.files import Error
 from jaxcells.text import counted, some
 
 _ATTEMPTS = 2000
+_FOLD = re.compile(r"([1-9]\d*)/([2-9]|[1-9]\d+|0|batch)( all)?")
 
 
-def with_groups(fields: Sequence[Field], split_by: str) -> list[Field]:
+def with_groups(fields: Sequence[Field], split_by: str, key: str = "data.split_by") -> list[Field]:
     """Sets the group of every field.
 
     Args:
@@ -28,6 +29,7 @@ def with_groups(fields: Sequence[Field], split_by: str) -> list[Field]:
       split_by: "field" or "crop": each field is its own group. "channel": the channel of its class.
         Anything else: a regular expression, searched in the path below the root; its group 1 is the
         group, shared by all classes in which it occurs.
+      key: of the config, named in errors.
 
     Raises:
       Error: the expression is not valid, has no group 1, or does not match a path.
@@ -37,18 +39,18 @@ def with_groups(fields: Sequence[Field], split_by: str) -> list[Field]:
     elif split_by == "channel":
         groups = [f"{field.label}/{field.channel}" for field in fields]
     else:
-        matches = map(compile_group_pattern(split_by).search, (field.name for field in fields))
+        matches = map(compile_group_pattern(split_by, key).search, (field.name for field in fields))
         groups = [match[1] or "" if match else "" for match in matches]
     if "" in groups:
         raise Error(
-            f"{fields[groups.index('')].path}: data.split_by={split_by!r} finds no group 1 in its "
+            f"{fields[groups.index('')].path}: {key}={split_by!r} finds no group 1 in its "
             "path below data.root; it must find one in that of every image"
         )
     return [dataclasses.replace(f, group=group) for f, group in zip(fields, groups, strict=True)]
 
 
-def compile_group_pattern(split_by: str) -> re.Pattern[str]:
-    """Compiles a regular expression for `split_by` and checks that it has a group 1.
+def compile_group_pattern(split_by: str, key: str = "data.split_by") -> re.Pattern[str]:
+    """Compiles a regular expression for `split_by`, or another key, and checks its group 1.
 
     Raises:
       Error: it does not compile or has no group.
@@ -57,14 +59,18 @@ def compile_group_pattern(split_by: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(split_by)
     except re.error as error:
-        raise Error(f"data.split_by={split_by!r} is none of {known} ({error})") from error
+        raise Error(f"{key}={split_by!r} is none of {known} ({error})") from error
     if pattern.groups < 1:
-        raise Error(f"data.split_by={split_by!r} is none of {known}: no group in parentheses")
+        raise Error(f"{key}={split_by!r} is none of {known}: no group in parentheses")
     return pattern
 
 
 def allot(
-    fields: Sequence[Field], counts: Mapping[str, int], *, split_by: str, seed: int
+    fields: Sequence[Field],
+    counts: Mapping[str, int],
+    *,
+    split_by: str,
+    seed: int | str,
 ) -> dict[str, str]:
     """Allots whole groups to the splits at random, in the ratio of the counts.
 
@@ -76,7 +82,7 @@ def allot(
       counts: crops (or their ratio) for each split, such as {"train": 754, "val": 100, "test":
         100}; each 1 or more.
       split_by: the policy, named in errors; decides whether channels are strata.
-      seed: the run's seed.
+      seed: the run's seed; with a word behind it, for draws that are independent of others.
 
     Returns:
       The split of every group.
@@ -85,8 +91,10 @@ def allot(
       Error: a class has fewer groups than there are splits, or they are shared with other classes
         in such a way that some split gets none.
     """
-    _check_enough_groups(fields, len(counts), split_by)
     allotted: dict[str, str] = {}
+    if not fields:
+        return allotted
+    _check_enough_groups(fields, len(counts), split_by)
     if split_by == "field":
         for label in sorted({field.label for field in fields}):
             of_class = [field for field in fields if field.label == label]
@@ -97,8 +105,67 @@ def allot(
     return allotted
 
 
+def parse_fold(text: str) -> tuple[int, str, bool]:
+    """Reads `data.fold`, such as "2/5", "2/0", "2/batch" or "2/5 all".
+
+    Returns:
+      Which fold, from 1; of how many, "0" for one of each group and "batch" for one of each batch;
+      and whether all fields are tested by some fold, and no test split is set aside.
+
+    Raises:
+      Error: it names no fold.
+    """
+    match = _FOLD.fullmatch(text)
+    if not match:
+        raise Error(
+            f"data.fold={text!r} must be such as 2/5 (the second of five), 2/0 (the second group) "
+            "or 2/batch (the second batch), with ' all' behind it if no test split is set aside"
+        )
+    return int(match[1]), match[2], bool(match[3])
+
+
+def allot_folds(
+    fields: Sequence[Field], of: str, *, split_by: str, batch_by: str, seed: int
+) -> dict[str, int]:
+    """Allots whole groups to folds: each is tested by one of them, and every class trains in all.
+
+    Args:
+      fields: what is to be tested, with their groups set.
+      of: see `parse_fold`. Of a number of folds each tests every class, and they are as equal as
+        whole groups allow; otherwise each tests a group or a batch, in the order of their names.
+      split_by: the policy of the groups.
+      batch_by: what finds the batch of a field, as `split_by` finds groups.
+      seed: the run's seed.
+
+    Returns:
+      The fold of every group, from 1.
+
+    Raises:
+      Error: a class has too few groups or batches, or a group is in two batches.
+    """
+    units = with_groups(fields, batch_by, "data.batch_by") if of == "batch" else fields
+    (label, number), needed = _fewest_groups(units), int(of) if of not in ("0", "batch") else 2
+    if number < needed:
+        what = "batches" if of == "batch" else f"groups (data.split_by={split_by})"
+        fewer = f", or use folds={number} or folds=0 (each left out once)" if number > 1 else ""
+        raise Error(
+            f"class {label!r} has {number} {what} to test, and {needed} are needed; add images"
+            f"{fewer}"
+        )
+    if of not in ("0", "batch"):
+        counts = {str(n): 1 for n in range(1, needed + 1)}
+        allotted = allot(fields, counts, split_by=split_by, seed=f"{seed} folds")
+        return {group: int(fold) for group, fold in allotted.items()}
+    names = sorted({unit.group for unit in units})
+    fold_of: dict[str, int] = {}
+    for field, unit in zip(fields, units, strict=True):
+        if fold_of.setdefault(field.group, fold := names.index(unit.group) + 1) != fold:
+            raise Error(f"group {field.group!r} (data.split_by={split_by}) is in two batches")
+    return fold_of
+
+
 def _allot_by_channel(
-    fields: Sequence[Field], counts: Mapping[str, int], seed: int
+    fields: Sequence[Field], counts: Mapping[str, int], seed: int | str
 ) -> dict[str, str]:
     """Allots the fields of one class, each a group of its own."""
     num_fields = collections.Counter(field.channel for field in fields)
@@ -118,7 +185,7 @@ def _allot_by_channel(
 
 
 def _allot_jointly(
-    fields: Sequence[Field], counts: Mapping[str, int], split_by: str, seed: int
+    fields: Sequence[Field], counts: Mapping[str, int], split_by: str, seed: int | str
 ) -> dict[str, str]:
     """Allots groups that share classes with one another, until every class is in every split."""
     labels = sorted({field.label for field in fields})
@@ -133,11 +200,14 @@ def _allot_jointly(
     cuts = (_cut(groups, numbers, rng) for _ in range(_ATTEMPTS))
     allotted = next(filter(reaches_every_split, cuts), None)
     if allotted is None:
-        # The ratio leaves no way. Of any other numbers, the most for training are best.
+        # The ratio leaves no way. Of any other numbers, the most for training are best; of folds,
+        # which are none of them for training, the most equal.
         draws = (rng.choice(list(counts), len(groups)).tolist() for _ in range(_ATTEMPTS))
         possible = [dict(zip(groups, splits, strict=True)) for splits in draws]
         possible = [allotted for allotted in possible if reaches_every_split(allotted)]
-        allotted = max(possible, key=lambda a: list(a.values()).count("train"), default=None)
+        sizes = [collections.Counter(allotted.values()) for allotted in possible]
+        ranks = [(size["train"], -max(size.values())) for size in sizes]
+        allotted = possible[ranks.index(max(ranks))] if possible else None
     if allotted is None:
         raise Error(
             f"data.split_by={split_by!r}: found no way to give each of the classes {some(labels)} "
@@ -174,7 +244,7 @@ def apportion(
     share = {split: max(int(quota[split]), minimum) for split in counts}
     while sum(share.values()) < total:
         rest = {split: quota[split] - share[split] for split in counts}
-        held_out = [split for split in ("test", "val") if rest[split] > 1e-9]
+        held_out = [split for split in ("test", "val") if rest.get(split, 0) > 1e-9]
         share[max(held_out or rest, key=rest.__getitem__)] += 1
     while sum(share.values()) > total:
         excess = {split: share[split] - quota[split] for split in counts if share[split] > minimum}
@@ -196,14 +266,21 @@ def _connected_fields(fields: Sequence[Field]) -> list[list[Field]]:
 
 
 def _check_enough_groups(fields: Sequence[Field], num_splits: int, split_by: str) -> None:
-    groups = {(field.label, field.group) for field in fields}
-    numbers = collections.Counter(label for label, _ in sorted(groups))
-    label, number = min(numbers.items(), key=lambda item: item[1])
+    label, number = _fewest_groups(fields)
     if number < num_splits:
         unit = split_by if split_by in ("field", "channel") else "group"
-        finer = "" if split_by == "field" else "data.split_by=field or "
+        finer = "" if split_by == "field" else ", or use data.split_by=field"
+        # With two, each can be tested by what was trained on the other.
+        folds = ", or run `cross_validate` with keep_test=False, for which two are enough"
         raise Error(
-            f"data.split_by={split_by}: class {label!r} has {counted(number, unit)} and needs at "
-            f"least {num_splits}, one for each split; add images, or use {finer}"
-            "data.split_by=crop (crops of one field then stand in several splits)"
+            f"data.split_by={split_by}: class {label!r} has {counted(number, unit)} and "
+            f"needs at least {num_splits}, one for each split; add images"
+            f"{finer}{folds if number > 1 else ''}"
         )
+
+
+def _fewest_groups(fields: Sequence[Field]) -> tuple[str, int]:
+    """Returns the class that has the fewest groups, and their number."""
+    groups = {(field.label, field.group) for field in fields}
+    numbers = collections.Counter(label for label, _ in sorted(groups))
+    return min(numbers.items(), key=lambda item: item[1])

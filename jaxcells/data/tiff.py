@@ -14,20 +14,21 @@ from tifffile import TiffFile, TiffPage, TiffPageSeries
 
 from jaxcells.data import picture
 from jaxcells.data.picture import Picture, Refused, check_size, file_size
-from jaxcells.data.planes import Plane, select
+from jaxcells.data.planes import Plane, choose_series, select
 from jaxcells.text import by
 
 _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _OLD_JPEG, _JPEG = 6, 7
 
-# What tifffile logs in threads that read for us is dropped; other threads keep their messages.
+# What decoders log in threads that read for us is dropped; other threads keep their messages.
 _reading = contextvars.ContextVar("reading", default=False)
-logging.getLogger("tifffile").addFilter(lambda record: not _reading.get())
+for _decoder in ("tifffile", "czifile", "liffile"):
+    logging.getLogger(_decoder).addFilter(lambda record: not _reading.get())
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps tifffile and NumPy from speaking about a file that this thread reads."""
+    """Keeps decoders and NumPy from speaking about a file that this thread reads."""
     token = _reading.set(True)
     try:
         with np.errstate(all="ignore"):  # MetaMorph tags may hold the fraction 0/0
@@ -77,16 +78,7 @@ def _choose_series(tif: TiffFile, plane: Plane) -> TiffPageSeries:
         raise Refused("is damaged: it has not the pages that its own description lists")
     # Thumbnails, reduced copies and transparency masks say so in their NewSubfileType tag.
     series = [s for s in found if not (s.keyframe.is_reduced or s.keyframe.is_mask)] or found
-    if len(series) == 1:
-        return series[0]
-    index = int(plane.get("series", len(series)))
-    if index >= len(series):
-        sizes = ", ".join(f"{s.axes} {by(s.shape)}" for s in series[:6])
-        raise Refused(
-            f"has {len(series)} separate images ({sizes}): choose one with data.plane=series=0 "
-            f"(0 to {len(series) - 1})"
-        )
-    return series[index]
+    return series[choose_series([f"{s.axes} {by(s.shape)}" for s in series], plane)]
 
 
 def _has_alpha(page: TiffPage) -> bool:

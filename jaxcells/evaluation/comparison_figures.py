@@ -112,6 +112,30 @@ def draw_curves_together(
     return figure
 
 
+@rc_context(PAGE)
+def plot_learning_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw validation balanced accuracy with its 95 % interval against the training images.
+
+    Args:
+      curves: {what was trained: its rows, by their number of training images}.
+      path: where the PNG goes.
+    """
+    figure = Figure(figsize=(6.3, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    for (name, rows), style in zip(curves.items(), itertools.cycle(_STYLES), strict=False):
+        numbers = [row.training_images for row in rows]
+        axes.plot(numbers, [row.validation.balanced_accuracy for row in rows], label=name, **style)
+        for row in rows:
+            _draw_estimate(figure, axes, row.training_images, row.validation, style, aside=False)
+    shown = sorted({row.training_images for rows in curves.values() for row in rows})
+    axes.set_xticks(shown, labels=list(map(str, shown)))
+    axes.minorticks_off()
+    axes.set(xlabel="training images", ylabel="balanced accuracy, validation")
+    axes.legend(loc="lower right")
+    save_figure(figure, path, dpi=300)
+
+
 def _draw_seeds(
     axes: Axes, seeds: Sequence[Records], split: str, key: str, style: Mapping[str, Any]
 ) -> None:

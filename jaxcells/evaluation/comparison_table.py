@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcells.evaluation.comparison import Choice, Comparison, Estimate
+import numpy.typing as npt
+
+from jaxcells.evaluation.comparison import Choice, Comparison, Estimate, paired_difference
+from jaxcells.evaluation.metrics import Split
 from jaxcells.files import write_csv, write_whole
 from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 
@@ -44,6 +47,7 @@ class Row:
       train_images_per_second: in training.
       eval_images_per_second: in evaluation.
       step_memory_bytes: device memory that a training step needs.
+      training_images: whose crops were trained on.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Row:
     train_images_per_second: float
     eval_images_per_second: float
     step_memory_bytes: int
+    training_images: int
 
 
 def write_table(
@@ -81,6 +86,7 @@ def write_table(
             "experiment": row.name,
             "chosen": row.chosen,
             "seeds": " ".join(map(str, row.seeds)),
+            "training_images": row.training_images,
         }
         for split in _SPLITS:
             estimate = getattr(row, split)
@@ -102,7 +108,7 @@ def paragraphs(
     failures: Mapping[str, str],
     choice: Choice,
     comparisons: Mapping[str, Comparison],
-    notes: Sequence[str],
+    notes: Sequence[str | Table],
 ) -> list[str | Table]:
     """The comparison for a reader, as sentences and tables.
 
@@ -137,6 +143,34 @@ def paragraphs(
         *(f"{label} failed: {text}" for label, text in failures.items()),
         *_describe_choice(choice),
         *(_describe_comparisons(choice.chosen, comparisons) if comparisons else []),
+    ]
+
+
+def learning_curve(
+    name: str, rows: Sequence[Row], predictions: Mapping[str, npt.ArrayLike], split: Split
+) -> list[str | Table]:
+    """A learning curve as a table, and whether more images would help by its last two points.
+
+    Args:
+      name: of what was trained.
+      rows: two or more, by their number of training images.
+      predictions: {experiment: int [S, N]} on the validation split.
+      split: the validation split.
+    """
+    fewer, most = rows[-2:]
+    gain = paired_difference(predictions[most.name], predictions[fewer.name], split)
+    low, high = gain.interval_95["balanced_accuracy"]
+    verdict = "that more images would help is not shown, nor that they would not"
+    if low is not None and low > 0:
+        verdict = "the last images helped, and more of the kind may help further"
+    elif high is not None and high < 0:
+        verdict = "the last images did harm; look at them, and at the curves of the training"
+    cells = [[row.name, str(row.training_images), _shown(row.validation)] for row in rows]
+    return [
+        f"Learning curve of {name}, every point trained for as many steps:",
+        (("experiment", "training\nimages", "balanced accuracy,\nvalidation"), cells),
+        f"{most.training_images} training images instead of {fewer.training_images} change "
+        f"the validation balanced accuracy by {_difference(gain)}: {verdict}.",
     ]
 
 

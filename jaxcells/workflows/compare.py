@@ -5,30 +5,27 @@ chooses and compare/choice.json is written; only then is the test split opened, 
 """
 
 import contextlib
-import csv
 import dataclasses
-import gc
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.config import Experiment, differences
-from jaxcells.evaluation import comparison_table, predict
+from jaxcells.config import Experiment, data_seed, differences
+from jaxcells.data.arrays import with_fraction
+from jaxcells.evaluation import comparison_figures, comparison_table, predict
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
-from jaxcells.evaluation.comparison_figures import plot_accuracy_against_time, plot_curves_together
-from jaxcells.evaluation.comparison_table import Row
+from jaxcells.evaluation.comparison_table import Row, Table
 from jaxcells.evaluation.metrics import Split
+from jaxcells.evaluation.predictions import read_predictions
 from jaxcells.evaluation.results import RunResults
 from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
-from jaxcells.text import one_line
 from jaxcells.training import mesh
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
@@ -76,7 +73,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
             run = runs[e.label]
             if mesh.is_primary():
                 _share_crops(workdir, run)
-            try:
+            with train.failures_noted(e.label, failures):
                 if run.results.exists():
                     seconds[e.label] = _read_results(run).timing.typical_train_s
                 else:
@@ -88,10 +85,6 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                     raise Error(f"{run} was trained on other crops; delete it to train it again")
                 validation, _, _ = predict.predict_split(network, data.arrays["val"])
                 predictions[e.label] = validation.predicted
-            except (Error, MemoryError, jax.errors.JaxRuntimeError) as error:
-                failures[e.label] = one_line(error)
-                logger.warning("%s failed: %s", e.label, error)
-            gc.collect()  # tracebacks keep arrays alive in circles
 
         done = [e for e in experiments if e.label in predictions]
         if done:
@@ -106,10 +99,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                 write_comparison(base, done, workdir, data, choice, failures)
                 report(workdir)
                 logger.info("tables and figures are in %s", workdir.comparison)
-        if failures:
-            listed = "; ".join(f"{label}: {text}" for label, text in failures.items())
-            found = f"{len(failures)} of the trainings failed ({listed})"
-            raise Error(f"{found}; the same command tries them again")
+        train.raise_failures(failures)
 
 
 def _share_crops(workdir: Workdir, run: Workdir) -> None:
@@ -125,11 +115,10 @@ def _read_results(run: Workdir) -> RunResults:
     return from_record(RunResults, read_json(run.results), run.results)
 
 
-def _read_predictions(run: Workdir, data: PreparedData) -> np.ndarray:
-    """Reads the predicted classes, int [N], of the test split of a tested run."""
-    path, class_names = run.predictions("test"), data.crop_set.class_names
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return np.array([class_names.index(row["prediction"]) for row in csv.DictReader(file)])
+def _read_predictions(run: Workdir, split: str, data: PreparedData) -> np.ndarray:
+    """Reads the predicted classes, int [N], of a tested run."""
+    records, class_names = data.arrays[split].records, data.crop_set.class_names
+    return read_predictions(run.predictions(split), records, class_names).predicted
 
 
 def _by_name(experiments: Sequence[Experiment], values: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -186,14 +175,19 @@ def write_comparison(
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in done}
     results = {label: _read_results(run) for label, run in runs.items()}
     records = {label: read_metrics(run.metrics) for label, run in runs.items()}
-    tests = {label: _read_predictions(run, data) for label, run in runs.items()}
-    predictions, split = _by_name(done, tests), _split(data, "test", base.seed)
-    num_crops, *shape, channels = data.arrays["train"].images.shape
+    tests, vals = (
+        _by_name(done, {label: _read_predictions(run, name, data) for label, run in runs.items()})
+        for name in ("test", "val")
+    )
+    predictions, split = tests, _split(data, "test", base.seed)
+    _, *shape, channels = data.arrays["train"].images.shape
     inputs = (*shape, 3 if channels == 1 else channels)  # grey is repeated
-    rows = []
+    rows: list[Row] = []
     for candidate in choice.candidates:
         name, train_s = candidate.name, candidate.seconds
         found = [results[e.label] for e in done if e.name == name]
+        own = next(e.config for e in done if e.name == name)
+        trained = with_fraction(data.arrays["train"], own.data.fraction, seed=data_seed(own))
         num_epochs = found[0].num_epochs
         parameters, multiply_adds = totals(summarize(create_model(**found[0].model), inputs))
         rows.append(
@@ -207,19 +201,31 @@ def write_comparison(
                 multiply_adds=multiply_adds,
                 train_s=train_s,
                 epoch_s=train_s / num_epochs,
-                train_images_per_second=num_epochs * num_crops / train_s,
+                train_images_per_second=num_epochs * len(trained.labels) / train_s,
                 eval_images_per_second=fmean(r.timing.eval_images_per_second for r in found),
                 step_memory_bytes=max(r.memory["train_step_bytes"] for r in found),
+                training_images=len({record.source for record in trained.records}),
             )
         )
     comparisons = compare_with(choice.chosen, predictions, split)
     baselines = results[done[0].label].evidence.baselines
     notes = circumstances(base, done, rows, baselines["brightness"].accuracy)
+    curves: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.training_images):
+        name, has_fraction, _ = row.name.partition("_fraction")
+        if has_fraction:
+            curves.setdefault(name, []).append(row)
+    for name, points in curves.items():
+        if len(points) > 1:
+            validation = _split(data, "val", base.seed)
+            notes += comparison_table.learning_curve(name, points, vals, validation)
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)
-    plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
-    plot_curves_together(_by_name(done, records), folder / "curves.png")
+    comparison_figures.plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
+    comparison_figures.plot_curves_together(_by_name(done, records), folder / "curves.png")
+    if curves:
+        comparison_figures.plot_learning_curves(curves, folder / "learning_curve.png")
     everything = {
         "choice": dataclasses.asdict(choice),
         "experiments": [dataclasses.asdict(row) for row in rows],
@@ -236,7 +242,7 @@ def write_comparison(
 
 def circumstances(
     base: ConfigDict, done: Sequence[Experiment], rows: Sequence[Row], baseline: float
-) -> list[str]:
+) -> list[str | Table]:
     """Returns what a reader must know to compare the figures.
 
     Args:
@@ -245,9 +251,9 @@ def circumstances(
       rows: what they found.
       baseline: accuracy of brightness and contrast alone on the test split, which all share.
     """
-    notes = []
+    notes: list[str | Table] = []
     for name, config in {e.name: e.config for e in done}.items():
-        own = ("seed ", "data.seed ", "model.name ")
+        own = ("seed ", "data.seed ", "data.fraction ", "model.name ")
         changed = [text for text in differences(base, config) if not text.startswith(own)]
         if changed:
             notes.append(

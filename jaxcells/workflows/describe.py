@@ -38,7 +38,7 @@ def describe(config: ConfigDict, workdir: Workdir) -> None:
     path, title = folder / "network.png", config.model.name
     plot_network(layers, path, input_shape=shape, shortcuts=shortcuts, title=title)
     if not num_classes:
-        source = config.data.root or data_source(config)
+        source = config.data.root or config.data.sheet or data_source(config)
         logger.info("the classes in %s are not known yet: shown with K=2", source)
     if not config.data.crop_size:
         logger.info("data.crop_size=0 uses images whole: shown for %dx%d pixels", side, side)
@@ -48,6 +48,6 @@ def describe(config: ConfigDict, workdir: Workdir) -> None:
 def _num_classes(config: ConfigDict) -> int:
     """Number of classes as far as folders tell it; 0 if the source must be read."""
     source = data_source(config)
-    if source == "folder":
+    if source == "folder" and not config.data.sheet:
         return len({folder.label for folder in class_folders(Path(config.data.root).expanduser())})
     return len(CELL_LINES) if source == "sample" else 0

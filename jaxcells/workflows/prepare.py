@@ -5,6 +5,7 @@ Nothing here imports JAX: the verbs `crop` and `check` run on a machine without 
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,13 +52,23 @@ def crop(config: ConfigDict, workdir: Workdir) -> None:
 def check(config: ConfigDict, workdir: Workdir) -> None:
     """The verb `check`: makes crops or verifies every file, audits them and shows some.
 
+    While nothing is trained in the workdir, it may be repeated with other settings: the crops are
+    then drawn again.
+
     Raises:
       Error: anything wrong with the images or settings, changed crops, and errors of the audit.
     """
     check_place(config, workdir)
     with lock_workdir(workdir.path):
         if workdir.crops.exists():
-            verify_pixels(open_crop_set(workdir.crops))
+            crop_set = open_crop_set(workdir.crops)
+            # Of a run, or of one in a comparison or cross-validation.
+            runs = [workdir, *map(Workdir, workdir.path.glob("*/*/"))]
+            if crop_set.settings == crop_settings(config) or any(run.is_trained for run in runs):
+                verify_pixels(crop_set)
+            else:
+                logger.info("other settings, and nothing is trained here: drawing crops again")
+                shutil.rmtree(workdir.crops)
         data = prepare_data(config, workdir)
         train, path = data.arrays["train"], workdir.figure("crops")
         plot_examples(train.images, train.labels, data.crop_set.class_names, path)
@@ -74,7 +85,7 @@ def prepare_data(config: ConfigDict, workdir: Workdir) -> PreparedData:
     start = time.monotonic()
     crop_set = prepare_crops(config, workdir)
     arrays = open_arrays(crop_set, workdir.arrays)
-    audit = audit_crops(crop_set, arrays)
+    audit = audit_crops(crop_set, arrays, batch_by=config.data.batch_by)
     logger.info("%s", describe_audit(audit, crop_set.class_names))
     return PreparedData(crop_set, arrays, audit, time.monotonic() - start)
 
@@ -86,7 +97,7 @@ def prepare_crops(config: ConfigDict, workdir: Workdir) -> CropSet:
       Error: anything wrong with the images or settings.
     """
     check_place(config, workdir)
-    source, root = data_source(config), config.data.root
+    source, root = data_source(config), config.data.root or config.data.sheet
     if source == "sample":
         root = workdir.sample
         logger.info("data.root is not set: using the built-in sample of simulated cells, %s", root)
@@ -94,14 +105,19 @@ def prepare_crops(config: ConfigDict, workdir: Workdir) -> CropSet:
     elif source.startswith("tfds:"):
         root = workdir.tfds
         export_images(source.removeprefix("tfds:"), root, data_dir=config.data.root or None)
-    # But for the seed, the settings are named as the keys of the config.
+    return prepare_crop_set(workdir.crops, root, crop_settings(config))
+
+
+def crop_settings(config: ConfigDict) -> CropSettings:
+    """Returns what a config says of crops; but for the seed, the keys have the same names."""
     keys = [field.name for field in dataclasses.fields(CropSettings) if field.name != "seed"]
-    values = {key: config.data[key] for key in keys}
-    return prepare_crop_set(workdir.crops, root, CropSettings(data_seed(config), **values))
+    return CropSettings(data_seed(config), **{key: config.data[key] for key in keys})
 
 
 def check_place(config: ConfigDict, workdir: Workdir) -> None:
     """Refuses a workdir inside the image folder, where it would be taken for a class.
+
+    Beside a sheet there may be workdirs, but its folder is none itself.
 
     To be called before anything is made in the workdir, its lock included.
 
@@ -109,7 +125,10 @@ def check_place(config: ConfigDict, workdir: Workdir) -> None:
       Error: the workdir is the image folder, or below it.
     """
     images, folder = Path(config.data.root).expanduser().resolve(), workdir.path.resolve()
-    if data_source(config) == "folder" and (folder == images or images in folder.parents):
+    if config.data.sheet and folder == Path(config.data.sheet).expanduser().resolve().parent:
+        raise Error(f"{workdir} is the folder of {config.data.sheet}; choose a workdir of its own")
+    is_folder = data_source(config) == "folder" and not config.data.sheet
+    if is_folder and (folder == images or images in folder.parents):
         raise Error(
             f"{workdir} lies in the image folder {config.data.root}, whose sub-folders are "
             "classes; choose a workdir outside"

@@ -2,15 +2,18 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.config import data_source, differences, parse_multipliers
+from jaxcells.config import data_seed, data_source, differences, parse_multipliers
+from jaxcells.data.arrays import with_fraction
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import baseline_predictions
@@ -21,6 +24,7 @@ from jaxcells.evaluation.predictions import write_predictions
 from jaxcells.evaluation.results import RunResults, Timing
 from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
 from jaxcells.models import create_model
+from jaxcells.text import one_line
 from jaxcells.training import mesh
 from jaxcells.training.checkpoints import CheckpointMeta, list_steps
 from jaxcells.training.freeze import check_patterns
@@ -52,7 +56,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
     with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
         check_config(config, workdir)
         if workdir.results.exists():
-            if config.data.root != read_json(workdir.config)["data"]["root"]:
+            before = read_json(workdir.config)["data"]
+            if (config.data.root, config.data.sheet) != (before["root"], before["sheet"]):
                 prepare_crops(config, workdir)  # refuses other images than those of the run
             results = from_record(RunResults, read_json(workdir.results), workdir.results)
             logger.info("this run is finished; its results are in %s", workdir.results)
@@ -77,8 +82,9 @@ def check_config(config: ConfigDict, workdir: Workdir) -> None:
     Raises:
       Error: names the keys that differ.
     """
-    if workdir.experiments.is_dir():
-        raise Error(f"{workdir} is the workdir of a comparison; choose another workdir")
+    for folder, what in ((workdir.experiments, "comparison"), (workdir.folds, "cross-validation")):
+        if folder.is_dir():
+            raise Error(f"{workdir} is the workdir of a {what}; choose another workdir")
     if workdir.is_trained:
         changed = differences(ConfigDict(read_json(workdir.config)), config)
         if changed:
@@ -165,8 +171,10 @@ def train_run(
         write_json(workdir.config, config.to_dict())
         environment = {**describe_environment(), "devices": mesh.describe_devices()}
         write_json(workdir.environment, environment)
+    train_arrays = with_fraction(data.arrays["train"], config.data.fraction, seed=data_seed(config))
+    arrays = {**data.arrays, "train": train_arrays}
     return train(
-        *(make_recipe(config), data.crop_set, data.arrays, init, workdir),
+        *(make_recipe(config), data.crop_set, arrays, init, workdir),
         prepare_s=data.seconds,
         compiled=compiled,
     )
@@ -241,12 +249,31 @@ def open_test_split(
     return results
 
 
+@contextlib.contextmanager
+def failures_noted(label: str, failures: dict[str, str]) -> Iterator[None]:
+    """Notes why one of several trainings failed, for the others to go on; a bug stops them all."""
+    try:
+        yield
+    except (Error, MemoryError, jax.errors.JaxRuntimeError) as error:
+        failures[label] = one_line(error)
+        logger.warning("%s failed: %s", label, error)
+    gc.collect()  # tracebacks keep arrays alive in circles
+
+
+def raise_failures(failures: Mapping[str, str]) -> None:
+    """Raises an Error that lists the trainings which failed, if there are any."""
+    if failures:
+        listed = "; ".join(f"{label}: {text}" for label, text in failures.items())
+        found = f"{len(failures)} of the trainings failed ({listed})"
+        raise Error(f"{found}; the same command tries them again")
+
+
 def _describe_data(config: ConfigDict, data: PreparedData, meta: CheckpointMeta) -> dict[str, Any]:
     crop_set, images = data.crop_set, data.arrays["train"].images
     return {
         "source": data_source(config),
-        "root": config.data.root,
-        "split_by": "as found" if crop_set.came_split else config.data.split_by,
+        "root": config.data.root or config.data.sheet,
+        "split_by": "as found" if crop_set.came_split else crop_set.split_by,
         "classes": list(crop_set.class_names),
         "crops_per_class": {
             split: {name: count["crops"] for name, count in counts.items()}

@@ -6,7 +6,7 @@ from PIL import Image
 
 from jaxcells import Error
 from jaxcells.data import crop_set as crop_set_module
-from jaxcells.data.arrays import open_arrays
+from jaxcells.data.arrays import open_arrays, with_fraction
 from jaxcells.data.crop_set import prepare_crop_set
 from jaxcells.data.crops import CropSettings
 from jaxcells.data.images import read_image
@@ -65,3 +65,27 @@ def test_damaged_arrays_are_made_anew(crop_set, tmp_path, damage, caplog, monkey
         np.save(path, before[:-1])
     np.testing.assert_array_equal(open_arrays(crop_set, tmp_path / "arrays")["val"].images, before)
     assert "not the pixels of the manifest; decoding the crops again" in caplog.text
+
+
+def test_a_fraction_of_the_training_images_is_a_part_of_a_larger_one(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 12, "B": 5})
+    settings = CropSettings(seed=0, crop_size=32, crops_per_class=40, split=(30, 5, 5))
+    crop_set = prepare_crop_set(tmp_path / "crops", root, settings)
+    train = open_arrays(crop_set, tmp_path / "arrays")["train"]
+    number = {n: len({r.source for r in train.records if r.label == n}) for n in "AB"}
+    before = set()
+    for fraction in (0.01, 0.25, 0.5, 0.75):
+        part = with_fraction(train, fraction, seed=3)
+        kept = {record.source for record in part.records}
+        for label in "AB":
+            expected = max(1, round(fraction * number[label]))
+            assert sum(name.startswith(label) for name in kept) == expected
+        assert before <= kept
+        before = kept
+        rows = [row for row, record in enumerate(train.records) if record.source in kept]
+        np.testing.assert_array_equal(part.images, train.images[rows])
+        assert part.labels.tolist() == train.labels[rows].tolist()
+        assert part.records == tuple(train.records[row] for row in rows)
+    assert with_fraction(train, 1.0, seed=3) is train
+    others = [with_fraction(train, 0.25, seed=seed) for seed in range(8)]
+    assert len({tuple(part.records) for part in others}) > 1

@@ -5,7 +5,7 @@ import pytest
 
 from jaxcells import Error
 from jaxcells.data.arrays import open_arrays
-from jaxcells.data.audit import audit_crops, describe_audit
+from jaxcells.data.audit import audit_crops, batch_of, describe_audit
 from jaxcells.data.crop_set import prepare_crop_set
 from jaxcells.data.crops import CropSettings
 from jaxcells.data.fields import SPLITS
@@ -93,6 +93,29 @@ def test_copies_under_other_names_are_found_though_their_crops_differ(tmp_path):
     assert "in two classes, such as A/field5.png and B/of_a.png" in in_classes
 
 
+def test_a_fold_may_share_fields_between_train_and_val_and_nothing_with_test(tmp_path):
+    root = write_folder(tmp_path / "images", {"A": 2, "B": 3})
+    result, crop_set = audit(tmp_path, root, fold="1/0 all")  # tests a field of A alone
+    assert result.errors == ()
+    assert result.counts["test"]["B"]["crops"] == 0
+    (shared,) = result.warnings
+    assert "1 groups give crops to train and val of this fold" in shared
+    assert "A/field1.png" in shared
+    last = describe_audit(result, crop_set.class_names).splitlines()[-1]
+    assert last == "audit passed: nothing that is tested stands in another split"
+
+    arrays = open_arrays(crop_set, tmp_path / "arrays")
+    *others, tested = crop_set.records
+    for split in ("train", "val"):
+        known = next(r for r in others if r.split == split)
+        moved = dataclasses.replace(tested, source=known.source, group=known.group)
+        leaking = audit_crops(dataclasses.replace(crop_set, records=(*others, moved)), arrays)
+        assert [error[:20] for error in leaking.errors[:2]] == [
+            "1 images in two spli",
+            "1 groups in two spli",
+        ]
+
+
 def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 2, "B": 2})
     result, crop_set = audit(tmp_path, root, split_by="crop")
@@ -133,3 +156,79 @@ def test_unequal_classes_are_warned_of(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 30, "B": 9}, size=(32, 32))
     result, _ = audit(tmp_path, root)
     assert any("A has 18 training crops, B 5" in w for w in result.warnings)
+
+
+def write_plates(root, layout, suffix="png"):
+    """Writes `layout["A/plate0"]` images whose names begin with the plate."""
+    for number, (folder, count) in enumerate(layout.items()):
+        label, plate = folder.split("/")
+        for image in range(count):
+            name = f"{label}/{plate}_{image}.{suffix}"
+            write_image(root / name, textured(60, 80, 1000 * number + image))
+    return root
+
+
+def confounded(result):
+    return [warning for warning in result.warnings if "confounded" in warning]
+
+
+def test_batches_that_lack_a_class_are_warned_of(tmp_path):
+    layout = {"A/plate0": 3, "A/plate1": 5, "B/plate1": 5, "B/plate2": 3}
+    root = write_plates(tmp_path / "images", layout)
+    result, crop_set = audit(tmp_path, root)
+    assert confounded(result) == []
+    arrays = open_arrays(crop_set, tmp_path / "arrays")
+    (warning,) = confounded(audit_crops(crop_set, arrays, batch_by=r"(plate\d)"))
+    assert warning.startswith(
+        "data.batch_by: batches and classes are confounded (plate0: A, plate1: A+B, plate2: B)"
+    )
+    assert "may tell these apart instead of cells" in warning
+    # One batch of all, and batches that show every class, are no shortcut.
+    assert confounded(audit_crops(crop_set, arrays, batch_by="(plate)")) == []
+    with pytest.raises(
+        Error, match=r"batch_by='\(plate0\)' finds no group 1 in the path of A/plate1"
+    ):
+        audit_crops(crop_set, arrays, batch_by="(plate0)")
+    sources = ["A/day1/f.png", "B/day2/g.png"]
+    assert batch_of(sources, r"day(\d)") == ["1", "2"]
+    assert batch_of(sources, "") == ["", ""]
+
+
+def test_a_batch_for_each_class_is_said_strongly(tmp_path):
+    layout = {"A/day0": 5, "A/day1": 5, "B/day2": 5, "B/day3": 5}
+    root = write_plates(tmp_path / "images", layout)
+    crop_set = audit(tmp_path, root)[1]
+    arrays = open_arrays(crop_set, tmp_path / "arrays")
+    (warning,) = confounded(audit_crops(crop_set, arrays, batch_by=r"(day\d)"))
+    assert "(day0: A, day1: A, day2: B, day3: B)" in warning
+    assert "need not look at cells at all, and no figure of this study could show it" in warning
+
+
+def test_groups_of_an_expression_are_batches_where_they_hold_many_images(tmp_path):
+    layout = {
+        f"{label}/plate{k}": 5 for label, ks in (("A", range(5)), ("B", (2, 3, 4))) for k in ks
+    }
+    root = write_plates(tmp_path / "images", layout)
+    (warning,) = confounded(audit(tmp_path, root, split_by=r"(plate\d)")[0])
+    assert warning.startswith(r"data.split_by=(plate\d): groups and classes are confounded")
+    assert "plate0: A, plate1: A, plate2: A+B, plate3: A+B, plate4: A+B" in warning
+    # The pictures of one field, of which a class has more than another, are no plates.
+    small = write_plates(
+        tmp_path / "small", {f"{c}/f{k}": 2 for c in "AB" for k in range(4 + (c == "A"))}
+    )
+    result = audit(tmp_path / "other", small, split_by=r"(f\d)")[0]
+    assert confounded(result) == []
+
+
+@pytest.mark.parametrize(("factor", "number"), [(16, 1), (4, 0)])
+def test_pixel_ranges_that_differ_sixteenfold_are_warned_of(tmp_path, factor, number):
+    for label, scale in (("A", 16), ("B", 16 * factor)):
+        for image in range(9):
+            pixels = textured(60, 80, ord(label) * 100 + image).astype(np.uint16) * scale
+            write_image(tmp_path / "images" / label / f"{image}.png", pixels)
+    result, _ = audit(tmp_path, tmp_path / "images")
+    found = [warning for warning in result.warnings if "range of their pixels" in warning]
+    assert len(found) == number
+    if found:
+        # Noise fills the range of either class: up to 255 times its scale.
+        assert "(99.9 % are below: A: 4080, B: 65280)" in found[0]

@@ -120,7 +120,7 @@ def test_images_of_crop_size_are_used_whole(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 20, "B": 10}, size=(32, 32))
     crop_set = prepare_crop_set(tmp_path / "crops", root, SETTINGS)
     assert [len(crop_set.split(name)) for name in ("train", "val", "test")] == [18, 6, 6]
-    assert crop_set.notes[0].startswith("images are used whole, as crops that were made elsewhere")
+    assert crop_set.notes[0].startswith("images are used whole, as if cut elsewhere")
     as_asked = dataclasses.replace(SETTINGS, crop_size=0)
     assert prepare_crop_set(tmp_path / "whole", root, as_asked).records == crop_set.records
 

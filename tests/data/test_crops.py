@@ -1,14 +1,17 @@
 import collections
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from jaxcells import Error
-from jaxcells.data.crops import CropSettings, _distinct, draw_crops
+from jaxcells.data.crops import CropSettings, _distinct, draw_crops, fold_of_fields
 from jaxcells.data.fields import SPLITS, find_fields
 from jaxcells.data.foreground import foreground_fraction, foreground_map
+from jaxcells.data.splits import with_groups
 from tests.data.folders import make_fields, write_image
+from tests.data.test_splits import random_fields
 
 SETTINGS = CropSettings(seed=0, crop_size=200, crops_per_class=954, split=(754, 100, 100))
 
@@ -100,6 +103,21 @@ def test_too_few_positions_say_how_many_fit():
         draw(make_fields({"A": 5, "B": 5}, size=(202, 204)))
 
 
+@pytest.mark.parametrize("split_by", ["field", "crop"])
+def test_all_takes_what_lies_side_by_side(split_by):
+    fields = make_fields({"A/1": 10, "A/2": 5}, size=(450, 610)) + make_fields({"B": 4})
+    crops = draw(fields, crops_per_class="all", split_by=split_by, border=(20, 0, 20, 0))
+    per_field = collections.Counter(c.field.name for c in crops)
+    # 410x610 pixels hold 2x3 crops of 200x200, and 260x400 hold 1x2.
+    assert per_field == {f.name: 6 if f.label == "A" else 2 for f in fields}
+    assert len({(c.field.name, c.y, c.x) for c in crops}) == len(crops) == 98
+    counts = collections.Counter((c.field.label, c.split) for c in crops)
+    if split_by == "crop":  # in the ratio 754:100:100
+        assert [counts["A", split] for split in SPLITS] == [72, 9, 9]
+    else:  # whole fields
+        assert all(counts["A", split] % 6 == 0 for split in SPLITS)
+
+
 def test_split_by_crop_shares_fields_and_keeps_exact_counts():
     fields = make_fields({"A": 2, "B": 2})
     crops = draw(fields, split_by="crop")
@@ -117,6 +135,26 @@ def test_whole_images_are_split_in_the_ratio_of_the_counts(split_by):
     assert [counts["A", split] for split in SPLITS] == [79, 10, 11]
     assert [counts["B", split] for split in SPLITS] == [23, 3, 4]
     assert {(c.y, c.x) for c in crops} == {(0, 0)}
+
+
+@pytest.mark.parametrize("split_by", ["field", "crop"])
+@pytest.mark.parametrize("crop_size", [200, 0])
+def test_a_test_split_that_came_alone_is_kept_and_the_rest_divided(split_by, crop_size):
+    splits = ["test"] * 3 + [None] * 10
+    fields = with_splits(make_fields({"A": 13}), splits) + with_splits(
+        make_fields({"B": 13}), splits
+    )
+    crops = draw(fields, split_by=split_by, crop_size=crop_size)
+    came = {field.name: field.split for field in fields}
+    found = collections.defaultdict(set)
+    for crop in crops:
+        assert crop.split == came[crop.field.name] or came[crop.field.name] is None
+        found[crop.field.label, crop.split].add(crop.field.name)
+    # 10 fields in the ratio 754 to 100.
+    numbers = {key: len(names) for key, names in found.items()}
+    assert numbers == {(c, s): n for c in "AB" for s, n in zip(SPLITS, (8, 2, 3), strict=True)}
+    with pytest.raises(Error, match="class 'A' has 1 field and needs at least 2"):
+        draw([field for field in fields if field.split or field.name > "A/plate4_9"])
 
 
 def test_a_split_that_came_with_the_folder_is_kept():
@@ -164,3 +202,118 @@ def test_near_empty_crops_are_redrawn(tmp_path):
     assert min(foreground_fraction(blocks, c.y, c.x, 64, 64) for c in free) == 0
     with pytest.raises(Error, match=r"0\.png: \d+ crops.* 0 were found \(the fullest has 1\.00"):
         draw(fields, **settings, min_foreground=1.01)
+
+
+def split_of_fields(crops):
+    """{split: names of its fields}."""
+    found = {split: set() for split in SPLITS}
+    for crop in crops:
+        found[crop.split].add(crop.field.name)
+    return found
+
+
+def draw_all(fields, of, ending="", **changes):
+    """The crops of every fold."""
+    number = len(set(fold_of_fields(fields, settings(f"1/{of}{ending}", **changes)).values()))
+    folds = [f"{n}/{of}{ending}" for n in range(1, number + 1)]
+    return [draw_crops(fields, settings(fold, **changes)) for fold in folds]
+
+
+def settings(fold, **changes):
+    return dataclasses.replace(SETTINGS, fold=fold, **changes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "of", "split_by"),
+    [
+        ({"A": 16, "B": 7}, "5", "field"),
+        ({"A": 4, "B": 4}, "0", "field"),
+        ({"A": 3, "B": 5}, "2", "field"),  # one of A is the test split: two are left
+        ({"A/1": 9, "A/2": 4, "B": 6}, "3", "field"),
+        ({"A": 10, "B": 10}, "0", r"plate(\d)"),
+        ({"A": 15, "B": 10}, "3", r"plate(\d)"),
+    ],
+)
+def test_each_field_is_tested_once_by_what_saw_neither_it_nor_its_group(layout, of, split_by):
+    fields = with_groups(make_fields(layout), split_by)
+    group = {field.name: field.group for field in fields}
+    plain = split_of_fields(draw(fields, split_by=split_by))
+    tested, shares = collections.Counter(), collections.Counter()
+    for crops in draw_all(fields, of, split_by=split_by):
+        found = split_of_fields(crops)
+        trained = found["train"] | found["val"]
+        assert {group[n] for n in trained}.isdisjoint(group[n] for n in found["test"])
+        assert trained | found["test"] == plain["train"] | plain["val"]  # the test split is shut
+        tested.update(found["test"])
+        shares.update(crop.field.name for crop in crops if crop.split == "test")
+        counts = collections.Counter((c.field.label, c.split) for c in crops)
+        for label in "AB":
+            assert (counts[label, "train"], counts[label, "val"]) == (754, 100)
+        places = collections.Counter((c.field.name, c.y, c.x) for c in crops)
+        assert max(places.values()) == 1
+    assert tested == dict.fromkeys(plain["train"] | plain["val"], 1)
+    # Each field of a channel weighs the same, whichever fold it is in.
+    for label in "AB":
+        of_class = [f for f in fields if f.label == label and f.name in tested]
+        assert sum(shares[f.name] for f in of_class) == 954
+        for channel in {f.channel for f in of_class}:
+            numbers = [shares[f.name] for f in of_class if f.channel == channel]
+            assert max(numbers) - min(numbers) <= 1
+
+
+@pytest.mark.parametrize("of", ["0", "2"])
+def test_two_fields_of_a_class_are_enough_without_a_test_split(of):
+    fields = make_fields({"A": 2, "B": 3})
+    tested = []
+    for crops in draw_all(fields, of, " all"):
+        found = split_of_fields(crops)
+        tested += found["test"]
+        assert found["test"].isdisjoint(found["train"] | found["val"])
+        counts = collections.Counter((c.field.label, c.split) for c in crops)
+        assert all(counts[label, "val"] == 100 for label in "AB")
+        left = [n for n in found["train"] | found["val"] if n.startswith("A")]
+        if len(left) == 1:  # its crops are divided
+            assert set(left) <= found["train"] & found["val"]
+    assert sorted(tested) == [field.name for field in fields]
+
+
+def test_random_groups_shared_by_classes_are_tested_once():
+    few = {"crops_per_class": 40, "split": (24, 8, 8)}
+    for seed in range(12):
+        fields = random_fields(seed)
+        try:
+            folds = draw_all(fields, "2", " all", **few, seed=seed, split_by=r"(.)")
+        except Error as error:
+            assert re.search("no way|are needed", str(error))  # noqa: PT017
+            continue
+        tested = collections.Counter()
+        for crops in folds:
+            groups = {s: {c.field.group for c in crops if c.split == s} for s in SPLITS}
+            assert groups["test"].isdisjoint(groups["train"] | groups["val"])
+            tested.update(split_of_fields(crops)["test"])
+            for split in ("train", "val"):
+                labels = {c.field.label for c in crops if c.split == split}
+                assert labels == {field.label for field in fields}
+        assert tested == dict.fromkeys((field.name for field in fields), 1)
+
+
+def test_batches_are_left_out_and_groups_stay_whole():
+    fields = make_fields({"A": 10, "B": 10})
+    plain = split_of_fields(draw(fields))
+    for crops in draw_all(fields, "batch", batch_by=r"(plate\d)"):
+        found = split_of_fields(crops)
+        (batch,) = {name[2:8] for name in found["test"]}
+        assert batch not in {name[2:8] for name in found["train"] | found["val"]}
+        assert plain["test"].isdisjoint(set().union(*found.values()))
+
+
+def test_folds_of_a_folder_that_came_split_and_of_whole_images():
+    fields = with_splits(make_fields({"A": 6}), ("train", "train", "val", "val", "test", "test"))
+    shut = {fields[4].name, fields[5].name}
+    for crops in draw_all(fields, "2"):
+        assert shut.isdisjoint(set().union(*split_of_fields(crops).values()))
+    assert len(draw_all(fields, "0", " all")) == 6
+    whole = draw_all(make_fields({"A": 9, "B": 4}), "2", " all", crop_size=0)
+    assert sum(crop.split == "test" for crops in whole for crop in crops) == 13
+    with pytest.raises(Error, match=r"data\.fold=9/0 all: there are 4 folds"):
+        draw_crops(make_fields({"A": 2, "B": 2}), settings("9/0 all"))

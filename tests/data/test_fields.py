@@ -65,6 +65,16 @@ def test_a_folder_that_comes_split_keeps_its_split(tmp_path):
     }
 
 
+def test_without_a_folder_for_validation_the_training_images_are_divided(tmp_path):
+    write_folder(tmp_path, {f"{split}/{label}": 2 for split in ("train", "TEST") for label in "AB"})
+    fields = find_fields(tmp_path)
+    assert [(f.split, f.name.split("/")[0]) for f in fields] == [("test", "TEST")] * 4 + [
+        (None, "train")
+    ] * 4
+    (note,) = image_notes(fields)
+    assert note.startswith("4 images: from the folder train, divided into training and validation")
+
+
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     write_folder(tmp_path / "elsewhere", {"B": 2})
     write_folder(tmp_path / "root", {"A": 2})
@@ -80,12 +90,17 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
         ({"A": 2, "B": 0}, r"no images in B \(images per class: A: 2\)"),
         ({"A": 0, "B": 0}, r"no images in A, B .*none.*\.png"),
         ({".": 2}, "no class folders found; put the images of each cell line into a folder"),
-        ({".": 2, "labels.csv": 0}, "sheets such as labels.csv are not read yet"),
-        ({"images": 2, "labels.xlsx": 0}, "sheets such as labels.xlsx are not read yet"),
+        (
+            {".": 2, "labels.csv": 0},
+            "take the classes from labels.csv, save it as CSV .* set data.sheet=FILE",
+        ),
+        ({"images": 2, "labels.xlsx": 0}, "classes from labels.xlsx, save it as CSV with"),
         ({"one/A": 1, "one/B": 2}, r"one holds 2 folders of images \(A, B\).*data\.root=.*/one$"),
         ({"one/x/A": 1, "one/x/B": 2}, r"'one'; .*one/x holds 2 folders.*data\.root=.*/one/x$"),
         ({"one/A": 1, "one": 1}, "'one' with 2 images; a classifier needs two or more"),
-        ({"train/A": 1, "test/A": 1}, "test, train look like a split, which needs the folders"),
+        ({"train/A": 1, "val/A": 1}, "train, val look like a split, which needs the folders"),
+        ({"train/A": 1, "training/A": 1, "test/A": 1}, "there are test, train, training: rename"),
+        ({"train/A": 1, "test/A": 1, "test/B": 1}, "test, train need the same class folders"),
         ({"train/A": 1, "val/A": 1, "test/A": 1, "other": 1}, "there are other, test, train"),
         (
             {"train/A": 1, "val/A": 1, "test/A": 1, "test/B": 1},
@@ -127,21 +142,6 @@ def test_files_are_left_out_on_demand(tmp_path, log):
         find_fields(tmp_path, exclude="(")
 
 
-def test_masks_beside_their_images_are_named_with_the_pattern_that_leaves_them_out(tmp_path):
-    write_folder(tmp_path, {"A": 2, "B": 1})
-    for name in ("A/lone_mask.png", "A/field0_mask.png", "A/field1-seg.png", "B/field0_mask.png"):
-        write_image(tmp_path / name, textured(60, 80, 9))
-    write_image(tmp_path / "B" / "lone_roi.png", textured(60, 80, 9))
-    fields = find_fields(tmp_path)
-    (note,) = image_notes(fields)
-    assert note.startswith("4 images named as masks of others beside them (A/field0_mask.png, A/f")
-    pattern = re.search("data.exclude='(.*)'", note)[1]
-    remaining = find_fields(tmp_path, exclude=pattern)
-    files = ["A/field0.png", "A/field1.png", "B/field0.png", "B/lone_roi.png"]
-    assert names(remaining) == files
-    assert image_notes(remaining) == []
-
-
 def test_unreadable_images_are_counted(tmp_path):
     write_folder(tmp_path, {"A": 2, "B": 1})
     for name in ("field0.png", "field1.png"):
@@ -156,7 +156,9 @@ def test_images_smaller_than_the_crop(tmp_path):
     fields = find_fields(tmp_path)
     kept, notes = usable_fields(fields, 50, NO_BORDER)
     assert len(kept) == 14
-    assert notes == ["1 of 13 images of 'B' are smaller than the 50x50 crop and give no crops"]
+    hardly_larger, lost = notes
+    assert "each counts as a field" in hardly_larger
+    assert lost == "1 of 13 images of 'B' are smaller than the 50x50 crop and give no crops"
     fits = r"data\.crop_size=60 fits into at least nine of ten images of every class"
     whole = r"data\.crop_size=0 uses the images whole"
     with pytest.raises(Error, match=f"2 of 2 images of 'A'.*13 of 13 .*'B'.*; {fits}; {whole}"):
@@ -168,7 +170,17 @@ def test_images_smaller_than_the_crop(tmp_path):
     write_image(tmp_path / "B" / "large.png", textured(90, 90, 9))
     kept, notes = usable_fields(find_fields(tmp_path), 61, NO_BORDER)
     assert names(kept) == ["A/large.png", "B/large.png"]
-    assert all(re.search(f"2 of 3|13 of 14.*{fits}", note) for note in notes)
+    assert all(re.search(f"2 of 3|13 of 14.*{fits}", note) for note in notes[1:])
+
+
+def test_images_that_may_be_crops_are_noted(tmp_path):
+    write_folder(tmp_path, {"A": 2, "B": 1})  # 60x80
+    fields = find_fields(tmp_path)
+    assert usable_fields(fields, 40, NO_BORDER)[1] == []
+    for size, words in ((41, "are hardly larger than crops"), (None, "are used whole")):
+        (note,) = usable_fields(fields, size, NO_BORDER)[1]
+        assert note.startswith(f"images {words}, as if cut elsewhere, and each counts as a field")
+        assert "need a group in common (data.split_by)" in note
 
 
 def test_images_of_two_kinds_are_refused(tmp_path):

@@ -84,14 +84,15 @@ def test_files_that_are_no_images(tmp_path):
         "empty.png": (b"", "is empty"),
         "text.png": (
             b"<!DOCTYPE html>",
-            "is no PNG, JPEG, TIFF or BMP image: it begins with b'<!DOC",
+            "is no PNG, JPEG, TIFF, BMP, CZI, LIF or ND2 image: it begins with b'<!DOC",
         ),
         "stub.png": (b"\x89PNG\r\n\x1a\n", "truncated"),
         "stub.jpg": (b"\xff\xd8\xff\xe0", "damaged or cut short"),
         "stub.tif": (b"II*\0", "is truncated"),
         "empty.tif": (b"II*\0" + bytes(8), "damaged or cut short"),
         "stub.bmp": (b"BM", "damaged or cut short"),
-        "cells.czi": (b"ZISRAWFILE\0\0\0\0\0\0", "CZI file, which is not read: export"),
+        "cells.lsm": (b"II*\0\x08\0\0\0", "LSM file, which is not read: export"),
+        "cells.nd2": (b"PK\3\4", "is no PNG, JPEG, TIFF, BMP, CZI, LIF or ND2 image"),
         "photo.heic": (b"\0\0\0\x18ftypheic", "HEIC file, which is not read: export"),
         "raw.dng": (b"II*\0\x08\0\0\0", "DNG file, which is not read"),
     }
@@ -101,7 +102,8 @@ def test_files_that_are_no_images(tmp_path):
 
 
 def test_content_decides_not_the_name(tmp_path):
-    assert {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".stk"} == SUFFIXES
+    stacks = {".tif", ".tiff", ".stk", ".czi", ".lif", ".nd2"}
+    assert {".png", ".jpg", ".jpeg", ".bmp", *stacks} == SUFFIXES
     pixels = random_pixels((6, 5, 3))
     Image.fromarray(pixels).save(tmp_path / "a.tif", "PNG")
     assert_reads(tmp_path / "a.tif", pixels)

@@ -1,5 +1,6 @@
 """`read_image` on real files of many programs, where they are at hand: right, or refused."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_every_file_reads_as_tifffile_says_or_is_refused(path, capfd):
     info = inspect_image(path)
     assert capfd.readouterr() == ("", "")
     assert (info.height, info.width, info.channels, info.dtype) == (*pixels.shape, pixels.dtype)
-    if path.suffix == ".png":
+    if path.suffix in (".png", ".czi"):
         return
     expected = tifffile.imread(path)
     with tifffile.TiffFile(path) as tif:
@@ -64,4 +65,5 @@ print(num_read)
 """
     run = [sys.executable, "-c", code, str(FORMATS)]
     result = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "36\n", "")
+    number = 36 + (importlib.util.find_spec("czifile") is not None)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{number}\n", "")

@@ -1,9 +1,12 @@
 import collections
+import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 
 from jaxcells import Error
-from jaxcells.data.splits import allot, apportion, with_groups
+from jaxcells.data.splits import allot, allot_folds, apportion, parse_fold, with_groups
 from tests.data.folders import make_fields
 
 COUNTS = {"train": 754, "val": 100, "test": 100}
@@ -106,8 +109,12 @@ def test_groups_that_cannot_reach_every_split_are_an_error():
 @pytest.mark.parametrize(
     ("layout", "split_by", "text"),
     [
-        ({"A": 16, "B": 2}, "field", r"B' has 2 fields and needs at least 3.* use [\w.]+=crop \("),
-        ({"A/1": 16, "B/1": 8}, "channel", r"'A' has 1 channel and .*split_by=field or .*=crop"),
+        (
+            {"A": 16, "B": 2},
+            "field",
+            r"B' has 2 fields and needs at least 3.*`cross_validate`",
+        ),
+        ({"A/1": 16, "B/1": 8}, "channel", r"'A' has 1 channel and .*split_by=field$"),
         ({"A": 10, "B": 10}, "(plate)", r"split_by=\(plate\): class 'A' has 1 group and needs"),
         ({"A": 2}, "plate", "no group in parentheses"),
         ({"A": 2}, "plate(", r"none of field, channel, crop or a regular .*\(missing \)"),
@@ -117,3 +124,92 @@ def test_groups_that_cannot_reach_every_split_are_an_error():
 def test_what_cannot_be_split_is_named_with_what_would_work(layout, split_by, text):
     with pytest.raises(Error, match=text):
         allot_groups(layout, split_by)
+
+
+def folds_of(fields, of, *, split_by="group", batch_by="", seed=0):
+    return allot_folds(fields, of, split_by=split_by, batch_by=batch_by, seed=seed)
+
+
+def random_fields(seed):
+    """Two to four classes that share some of three to seven groups."""
+    rng = np.random.default_rng(seed)
+    names = [f"g{n}" for n in range(rng.integers(3, 8))]
+    fields = []
+    for label in "ABCD"[: rng.integers(2, 5)]:
+        groups = rng.choice(names, rng.integers(2, len(names) + 1), replace=False).tolist()
+        for group, of_class in zip(groups, make_fields({label: len(groups)}), strict=True):
+            fields.append(dataclasses.replace(of_class, group=group))
+    return fields
+
+
+def reaches(fields, fold_of, num_folds):
+    """Whether every class is in every fold."""
+    found = {(field.label, fold_of[field.group]) for field in fields}
+    return len(found) == num_folds * len({field.label for field in fields})
+
+
+@pytest.mark.parametrize("num_folds", [2, 3])
+def test_folds_of_shared_groups_are_found_wherever_there_are_any(num_folds):
+    possible = 0
+    for seed in range(60):
+        fields = random_fields(seed)
+        groups = sorted({field.group for field in fields})
+        by_hand = itertools.product(range(num_folds), repeat=len(groups))
+        assignments = (dict(zip(groups, folds, strict=True)) for folds in by_hand)
+        if any(reaches(fields, fold_of, num_folds) for fold_of in assignments):
+            possible += 1
+            fold_of = folds_of(fields, str(num_folds), seed=seed)
+            assert fold_of.keys() == set(groups)
+            assert set(fold_of.values()) == set(range(1, num_folds + 1))
+            assert reaches(fields, fold_of, num_folds)
+        else:
+            with pytest.raises(Error, match=r"are needed|no way"):
+                folds_of(fields, str(num_folds), seed=seed)
+    assert possible > 20
+
+
+def test_folds_of_fields_are_as_equal_as_can_be_and_see_every_channel():
+    fields = make_fields({"A/1": 6, "A/2": 5, "B": 7})
+    fold_of = folds_of(fields, "5", split_by="field")
+    counts = collections.Counter((f.label, fold_of[f.group]) for f in fields)
+    for label, expected in (("A", [2, 2, 2, 2, 3]), ("B", [1, 1, 1, 2, 2])):
+        assert sorted(counts[label, fold] for fold in range(1, 6)) == expected
+    assert {fold_of[f.group] for f in fields if f.channel == "1"} == {1, 2, 3, 4, 5}
+    assert folds_of(fields, "5", split_by="field", seed=1) != fold_of
+    # Of other draws than the split: folds of what is left do not follow from it.
+    equal = allot(fields, {str(n): 1 for n in range(1, 6)}, split_by="field", seed=0)
+    assert {group: int(fold) for group, fold in equal.items()} != fold_of
+
+
+def test_each_group_or_batch_is_left_out_once():
+    fields = make_fields({"A": 10, "B": 10})
+    assert sorted(folds_of(fields, "0").values()) == list(range(1, 21))
+    in_batches = folds_of(fields, "batch", batch_by=r"plate(\d)")
+    for field in fields:
+        assert in_batches[field.group] == int(field.name.split("plate")[1][0]) + 1
+    shared = [dataclasses.replace(field, group="same") for field in fields]
+    with pytest.raises(Error, match=r"group 'same' .* is in two batches"):
+        folds_of(shared + fields, "batch", batch_by=r"plate(\d)")
+
+
+@pytest.mark.parametrize(
+    ("layout", "of", "batch_by", "text"),
+    [
+        ({"A": 9, "B": 4}, "5", "", r"'B' has 4 .* 5 are needed; add .* use folds=4 or folds=0"),
+        ({"A": 9, "B": 1}, "0", "", "'B' has 1 groups .* 2 are needed; add images$"),
+        ({"A": 9, "B": 1}, "batch", r"plate(\d)", "'B' has 1 batches to test"),
+        ({"A": 9, "B": 9}, "batch", r"day(\d)", "data.batch_by=.* finds no group 1"),
+    ],
+)
+def test_what_has_too_few_groups_for_folds_is_named(layout, of, batch_by, text):
+    with pytest.raises(Error, match=text):
+        folds_of(make_fields(layout), of, batch_by=batch_by)
+
+
+def test_folds_are_named_by_their_number_and_of_how_many():
+    assert parse_fold("2/5") == (2, "5", False)
+    assert parse_fold("12/0 all") == (12, "0", True)
+    assert parse_fold("1/batch") == (1, "batch", False)
+    for text in ("", "0/5", "2", "2/1", "2/5all", "2/plate"):
+        with pytest.raises(Error, match="must be such as 2/5"):
+            parse_fold(text)

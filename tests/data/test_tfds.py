@@ -219,7 +219,7 @@ NO_CLASS = "are not an image and its class"
     [
         (IMAGES[0], -1, ["a"], None, "split a, example 0: has no label"),
         (encoded(IMAGES[0])[:-40], 0, ["a"], None, r"benign/000000\.png: .*damaged"),
-        (encoded(IMAGES[0], "gif"), 0, ["a"], None, "is no PNG, JPEG, TIFF or BMP image"),
+        (encoded(IMAGES[0], "gif"), 0, ["a"], None, "is no PNG, JPEG, TIFF, BMP, CZI"),
         (PALETTE, 0, ["a"], None, "has indexed colours"),
         (IMAGES[0], 0, ["train", "val"], None, "made: has the splits train, val; needed are train"),
         (IMAGES[0], 0, ["a"], ("text", "label"), f"'text' and 'label' {NO_CLASS}: .*text.*: Text"),

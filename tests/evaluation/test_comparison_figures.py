@@ -7,7 +7,11 @@ from PIL import Image
 
 from jaxcells.evaluation import comparison_figures
 from jaxcells.evaluation.comparison import Estimate
-from jaxcells.evaluation.comparison_figures import plot_accuracy_against_time, plot_curves_together
+from jaxcells.evaluation.comparison_figures import (
+    plot_accuracy_against_time,
+    plot_curves_together,
+    plot_learning_curves,
+)
 from jaxcells.evaluation.comparison_table import Row
 
 
@@ -27,7 +31,7 @@ def figures(mean, low, high):
 
 def row(name, train_s, mean, test, *, chosen=False):
     validation = figures(mean, mean - 0.05, mean + 0.03)
-    return Row(name, chosen, (0,), validation, test, 1, 1, train_s, 1, 1, 1, 1)
+    return Row(name, chosen, (0,), validation, test, 1, 1, train_s, 1, 1, 1, 1, 1)
 
 
 STUDY = [
@@ -161,6 +165,23 @@ def test_many_experiments_are_told_apart_with_one_colour_in_both_figures(drawn):
     plot_accuracy_against_time(STUDY[:2], "a.png")
     discs = [line for line in drawn().axes[0].get_lines() if line.get_markersize() == 6]
     assert [to_hex(disc.get_color()) for disc in discs] == colors[:2]
+
+
+def test_a_learning_curve_stands_over_the_number_of_images(drawn):
+    numbers = (3, 6, 12)
+    rows = [
+        dataclasses.replace(row(f"a_fraction{n}", 1, 0.7 + n / 100, None), training_images=n)
+        for n in numbers
+    ]
+    plot_learning_curves({"a": rows, "b": rows[1:]}, "l.png")
+    (axes,) = drawn().axes
+    curve, *others = axes.get_lines()
+    assert np.column_stack(curve.get_data()).tolist() == [[3, 0.73], [6, 0.76], [12, 0.82]]
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3", "6", "12"]
+    ends = [line.get_ydata().tolist() for line in others if line.get_marker() == "_"]
+    assert ends[0] == pytest.approx([0.68, 0.76])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
 def test_figures_fit_print(tmp_path):

@@ -1,15 +1,25 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
-from jaxcells.evaluation.comparison import RULE, Candidate, Choice, Comparison, Estimate
+from jaxcells.evaluation.comparison import (
+    RULE,
+    Candidate,
+    Choice,
+    Comparison,
+    Estimate,
+    paired_difference,
+)
 from jaxcells.evaluation.comparison_table import (
     Row,
     as_markdown,
     as_text,
+    learning_curve,
     paragraphs,
     write_table,
 )
+from jaxcells.evaluation.metrics import Split
 
 
 def figures(mean, low, high, *, accuracy=0.9, deviation=None, note=None):
@@ -30,6 +40,7 @@ RESNET34 = Row(
     train_images_per_second=52.34,
     eval_images_per_second=1186.2,
     step_memory_bytes=1_249_000_000,
+    training_images=48,
 )
 RESNET50 = dataclasses.replace(
     RESNET34, name="resnet50", validation=figures(0.951, 0.9, 0.99), train_s=4000.0, chosen=False
@@ -174,11 +185,40 @@ def test_files_hold_the_table_and_raw_numbers(tmp_path):
         for end in ("", "_deviation", "_low", "_high")
     ]
     assert header == (
-        f"experiment,chosen,seeds,{','.join(estimates)},parameters,multiply_adds,train_s,"
-        "epoch_s,train_images_per_second,eval_images_per_second,step_memory_bytes,failure"
+        f"experiment,chosen,seeds,training_images,{','.join(estimates)},parameters,multiply_adds,"
+        "train_s,epoch_s,train_images_per_second,eval_images_per_second,step_memory_bytes,failure"
     )
     assert first == (
-        "resnet34,True,0 1,0.945,,0.8842,0.98861,0.9501,,0.8,,0.9,0.01,0.8,1,0.9,0.02,0.8,"
+        "resnet34,True,0 1,48,0.945,,0.8842,0.98861,0.9501,,0.8,,0.9,0.01,0.8,1,0.9,0.02,0.8,"
         ",21797672,3664000000,720.4,14.41,52.34,1186.2,1249000000,"
     )
-    assert second == f"preact_1001|b{',' * 26}{FAILED['preact_1001|b']}"
+    assert second == f"preact_1001|b{',' * 27}{FAILED['preact_1001|b']}"
+
+
+@pytest.mark.parametrize(
+    ("right_of_most", "verdict"),
+    [
+        (24, "the last images helped, and more of the kind may help further"),
+        (13, "that more images would help is not shown, nor that they would not"),
+        (0, "the last images did harm"),
+    ],
+)
+def test_a_learning_curve_says_whether_more_images_would_help(right_of_most, verdict):
+    labels = np.repeat([0, 1], 12)
+    split = Split(labels, np.arange(24), ("A", "B"))
+    order = np.argsort(np.tile(np.arange(12), 2), kind="stable")  # alike in both classes
+    predictions = {}
+    for name, right in (("net_fraction0.5", 12), ("net_fraction1", right_of_most)):
+        is_right = np.isin(np.arange(24), order[:right])
+        predictions[name] = [np.where(is_right, labels, 1 - labels)]
+    rows = [
+        dataclasses.replace(RESNET34, name=name, training_images=number)
+        for name, number in (("net_fraction0.25", 3), ("net_fraction0.5", 6), ("net_fraction1", 12))
+    ]
+    heading, (_, cells), sentence = learning_curve("net", rows, predictions, split)
+    assert heading.startswith("Learning curve of net")
+    assert [row[1] for row in cells] == ["3", "6", "12"]
+    gain = paired_difference(predictions["net_fraction1"], predictions["net_fraction0.5"], split)
+    assert f"{abs(gain.balanced_accuracy):.3f} (" in sentence
+    assert "12 training images instead of 6" in sentence
+    assert verdict in sentence

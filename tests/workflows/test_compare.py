@@ -360,6 +360,13 @@ def test_experiments_are_the_comparison_with_what_their_configs_change():
     assert {e.config.model.name for e in found} == {"resnet34"}
     assert [e.config.optim.learning_rate for e in found] == [0.2, 0.2, 0.01, 0.01]
 
+    _, found = configured(
+        experiments=("resnet18",), fractions=(0.25, 1.0), train__num_epochs=3, data__seed=4
+    )
+    assert [e.label for e in found] == ["resnet18_fraction0.25_seed0", "resnet18_fraction1_seed0"]
+    assert [e.config.data.fraction for e in found] == [0.25, 1]
+    assert [e.config.train.num_epochs for e in found] == [12, 3]  # as many steps
+
     _, found = expand_comparison(compare_config.get_config(), CONFIGS)  # by default four depths
     assert [e.config.model.name for e in found] == ["resnet18", "resnet34", "resnet50", "resnet152"]
     assert {e.config.init for e in found} == {"imagenet"}
@@ -373,6 +380,8 @@ def test_experiments_are_the_comparison_with_what_their_configs_change():
         ({"experiments": ("resnet18", "resnet18")}, "each once"),
         ({"experiments": ("../configs/resnet18",)}, "must be names of configs"),
         ({"seeds": (0, 0)}, "each once"),
+        ({"fractions": (0.5, 0.5)}, r"fractions=\(0\.5, 0\.5\) must be"),
+        ({"fractions": (0.0, 1.0)}, "above 0 and at most 1"),
         ({"seeds": (True,)}, "must be one or more whole numbers"),
         ({"seeds": (-1,)}, r"resnet18: the config has a mistake:\s+seed=-1"),
         ({"experiments": ("demo",)}, "demo: data.crop_size=100 would need other crops"),

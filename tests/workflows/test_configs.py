@@ -2,15 +2,23 @@
 
 import pytest
 
-from jaxcells.config import SHIPPED, expand_comparison, load_config, validate
+from jaxcells.config import (
+    SHIPPED,
+    expand_comparison,
+    expand_cross_validation,
+    load_config,
+    validate,
+)
 from jaxcells.files import Workdir
 from jaxcells.workflows.compare import compare
+from jaxcells.workflows.cross_validate import cross_validate
 from jaxcells.workflows.gradients import compare_gradients
 from jaxcells.workflows.train import train_and_evaluate
 from tests.data.folders import write_folder
 
 # These take long to compile and differ from the others in depth alone, or are the same once more.
 LONG = ("resnet50", "resnet101", "resnet152", "compare", "degradation", "gradients", "preact1001")
+LONG += ("cross_validate", "learning_curve")
 NAMES = sorted(path.stem for path in SHIPPED.glob("[!_]*.py"))
 
 
@@ -38,6 +46,11 @@ def test_a_shipped_config_shrunk_is_run(name, images, tmp_path, capsys):
         base, experiments = expand_comparison(config, SHIPPED)
         compare(base, experiments, workdir)
         assert (workdir.comparison / "table.md").exists()
+        assert (workdir.comparison / "learning_curve.png").exists() == (name == "learning_curve")
+    elif "folds" in config:
+        config.folds = 2
+        cross_validate(*expand_cross_validation(config, SHIPPED), workdir)
+        assert (workdir.cross_validation / "table.md").exists()
     elif name == "gradients":
         validate(config)
         compare_gradients(config, workdir)

@@ -42,6 +42,10 @@ def test_check_verifies_and_shows_the_crops(config, workdir, caplog, monkeypatch
     prepare.check(config, workdir)
     assert workdir.figure("crops").stat().st_size > 1000
     assert "audit passed" in caplog.text
+    assert (
+        "few independent fields in train (A 3, B 3): crops of one field are alike, so what is"
+        in (caplog.text)
+    )
     data = prepare.prepare_data(config, workdir)
     assert [len(split.labels) for split in data.arrays.values()] == [12, 4, 4]
     assert data.seconds > 0
@@ -52,6 +56,30 @@ def test_check_verifies_and_shows_the_crops(config, workdir, caplog, monkeypatch
     assert prepare.prepare_data(config, workdir).crop_set == data.crop_set
     with pytest.raises(Error, match=rf"pixels of .*{victim.name} differ from manifest\.csv"):
         prepare.check(config, workdir)
+
+
+def test_check_may_be_repeated_with_other_settings_until_something_is_trained(config, workdir):
+    prepare.check(config, workdir)
+    config.data.update(crop_size=40, border=(0, 0, 0, 0))
+    prepare.check(config, workdir)
+    data = prepare.prepare_data(config, workdir)
+    assert data.arrays["train"].images.shape == (12, 40, 40, 1)
+    config.data.crop_size = 32
+    with pytest.raises(Error, match="drawn with other settings"):  # any other verb
+        prepare.prepare_data(config, workdir)
+    for place in ("checkpoints/3", "experiments/one_seed0/checkpoints/3"):
+        (workdir.path / place).mkdir(parents=True)
+        with pytest.raises(Error, match=r"data\.crop_size was 40, now 32; choose another workdir"):
+            prepare.check(config, workdir)
+        (workdir.path / place).rmdir()
+    prepare.check(config, workdir)
+
+
+def test_batches_reach_the_audit(config, workdir):
+    config.data.batch_by = "([AB])/"
+    assert any(
+        "(A: A, B: B)" in text for text in prepare.prepare_data(config, workdir).audit.warnings
+    )
 
 
 def test_crop_makes_crops_and_no_more(config, workdir):
@@ -72,3 +100,14 @@ def test_a_workdir_in_the_image_folder_is_refused_and_not_made(config, tmp_path,
     with pytest.raises(Error, match=r"lies in the image folder .* choose a workdir outside"):
         verb(config, Workdir(images / place))
     assert sorted(path.name for path in images.iterdir()) == ["A", "B"]
+
+
+def test_a_workdir_may_lie_beside_a_sheet_but_is_not_its_folder(config, tmp_path):
+    images = tmp_path / "images"
+    lines = [f"{path.relative_to(images)},{path.parent.name}" for path in images.glob("*/*")]
+    (images / "labels.csv").write_text("\n".join(["path,class", *lines]))
+    config.data.update(root="", sheet=str(images / "labels.csv"))
+    with pytest.raises(Error, match=r"is the folder of .*labels\.csv; choose a workdir of its own"):
+        prepare.check(config, Workdir(images))
+    prepare.check(config, Workdir(images / "runs"))
+    assert sorted(path.name for path in images.iterdir()) == ["A", "B", "labels.csv", "runs"]

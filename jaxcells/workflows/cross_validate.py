@@ -1,0 +1,209 @@
+"""Cross-validation: every fold an ordinary run, each field tested by one that never saw it.
+
+All folds are prepared and audited before the first is trained. With `data.batch_by`, folds that
+leave out a batch each follow those that leave out groups: figures across batches beside those
+within.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcells.data.audit import batch_of
+from jaxcells.data.crop_set import open_crop_set
+from jaxcells.data.splits import parse_fold
+from jaxcells.evaluation.comparison_table import Table, as_markdown, as_text
+from jaxcells.evaluation.metrics import split_metrics
+from jaxcells.evaluation.predictions import Predictions, read_predictions, write_predictions
+from jaxcells.files import (
+    Error,
+    Workdir,
+    lock_workdir,
+    read_json,
+    write_csv,
+    write_json,
+    write_whole,
+)
+from jaxcells.training import mesh
+from jaxcells.training.initialization import Initialization, check_no_leak
+from jaxcells.workflows import train
+from jaxcells.workflows.prepare import PreparedData
+
+logger = logging.getLogger("jaxcells")
+
+Fold = tuple[ConfigDict, Workdir, PreparedData, Initialization]
+
+_KEYS = ("balanced_accuracy", "accuracy")
+_HEADER = ("fold", "crops", "fields\n(groups)", "balanced accuracy", "accuracy", "best epoch")
+_CAUTION = (
+    "95 % intervals are over independent fields (groups); across batches over batches. They take "
+    "the networks as given and ignore that the folds share most of what they train on, and are "
+    "somewhat too narrow for it (Bengio and Grandvalet 2004). The figures are of the procedure "
+    "with so many images to train on, not of one network."
+)
+_NEXT = {
+    True: "What next: choose between settings by these figures, then train one network by the "
+    "plain config (same keys, same seed) and report its test split, which has stayed shut here.",
+    False: "What next: no test split was set aside, so that these are the final figures, as long "
+    "as no settings were chosen by them. Networks to use are those of the folds, or one trained by "
+    "the plain config where there are images enough for its three splits.",
+}
+
+
+def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Workdir) -> None:
+    """Trains and tests every fold, and writes cross_validation/ in the workdir.
+
+    The same call resumes where it was stopped, at the fold and the step; nothing is trained twice.
+    A fold whose training fails is reported, and the others go on.
+
+    Args:
+      config: of a run, validated; every fold is one, with another `data.fold`.
+      folds: how many; 0 leaves out one group after another.
+      keep_test: whether the test split of a plain run is left out, else every field is tested.
+      workdir: the cross-validation's; every fold gets one below it.
+
+    Raises:
+      Error: the workdir is of something else, a fold cannot start, or, when all else is done, a
+        training failed.
+      Interrupted: SIGTERM or Ctrl-C during training, after saving.
+    """
+    with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
+        if workdir.is_trained or workdir.experiments.is_dir():
+            raise Error(f"{workdir} is the workdir of a run or comparison; choose another workdir")
+        mesh.warn_of_cpu()
+        kinds = {"all folds": _prepare(config, str(folds), keep_test, workdir)}
+        if config.data.batch_by:
+            across = _prepare(config, "batch", keep_test, workdir)
+            kinds = {"within batches": kinds["all folds"], "across batches": across}
+        failures: dict[str, str] = {}
+        compiled: dict[str, Any] = {}  # folds of one size share their steps
+        prepared = [fold for of_kind in kinds.values() for fold in of_kind]
+        for number, (own, run, data, init) in enumerate(prepared, start=1):
+            logger.info("fold %d of %d: %s", number, len(prepared), run)
+            with train.failures_noted(run.path.name, failures):
+                if not run.results.exists():
+                    progress = train.train_run(own, run, data, init, compiled)
+                    train.open_test_split(own, run, data, progress, compiled)
+        if mesh.is_primary() and len(failures) < len(prepared):
+            _report(config, keep_test, kinds, failures, workdir)
+            logger.info("tables and predictions are in %s", workdir.cross_validation)
+        train.raise_failures(failures)
+
+
+def _prepare(config: ConfigDict, of: str, keep_test: bool, workdir: Workdir) -> list[Fold]:
+    """Makes the crops of all folds, and checks what can be checked before training."""
+    prepared: list[Fold] = []
+    while not prepared or len(prepared) < prepared[0][2].crop_set.num_folds:
+        number, own = len(prepared) + 1, config.copy_and_resolve_references()
+        own.data.fold = f"{number}/{of}{'' if keep_test else ' all'}"
+        run = Workdir(workdir.folds / f"{'batch' if of == 'batch' else 'fold'}{number}")
+        train.check_config(own, run)
+        init = train.find_start(own, run)
+        data = train.prepare_together(own, run)
+        data.audit.raise_errors()
+        check_no_leak(init, data.crop_set)
+        prepared.append((own, run, data, init))
+    return prepared
+
+
+def pool_folds(runs: Sequence[Workdir]) -> Predictions:
+    """Reads what each of several folds predicted of the crops that it tested, one after another."""
+    sets = [open_crop_set(run.crops) for run in runs]
+    parts = [
+        read_predictions(run.predictions("test"), crop_set.split("test"), crop_set.class_names)
+        for run, crop_set in zip(runs, sets, strict=True)
+    ]
+    numbers = [parse_fold(crop_set.settings.fold)[0] for crop_set in sets]
+    names = ("logits", "temperature", "unknown")
+    baselines = parts[0].baselines
+    return Predictions(
+        records=tuple(record for part in parts for record in part.records),
+        class_names=parts[0].class_names,
+        features=None,
+        baselines={n: np.concatenate([part.baselines[n] for part in parts]) for n in baselines},
+        folds=np.repeat(numbers, [len(part.records) for part in parts]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+    )
+
+
+def _report(
+    config: ConfigDict,
+    keep_test: bool,
+    kinds: Mapping[str, Sequence[Fold]],
+    failures: Mapping[str, str],
+    workdir: Workdir,
+) -> None:
+    """Writes tables, predictions and results.json to cross_validation/, and prints the table."""
+    folder = workdir.cross_validation
+    folder.mkdir(exist_ok=True)
+    everything: list[dict[str, Any]] = []
+    parts: list[str | Table] = []
+    notes = [f"{name} failed and is left out: {text}" for name, text in failures.items()]
+    pooled: dict[str, Any] = {}
+    for kind, prepared in kinds.items():
+        runs = [run for _, run, *_ in prepared if run.results.exists()]
+        if not runs:
+            continue
+        tested, ending = pool_folds(runs), ""
+        if kind == "across batches":
+            batches = batch_of(tested.sources.tolist(), config.data.batch_by)
+            records = zip(tested.records, batches, strict=True)
+            in_batches = tuple(
+                dataclasses.replace(record, group=batch) for record, batch in records
+            )
+            tested, ending = dataclasses.replace(tested, records=in_batches), "_across_batches"
+        write_predictions(folder / f"predictions{ending}.csv", tested)
+        rows = []
+        for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):
+            groups = sorted(set(tested.groups[tested.folds == number].tolist()))
+            results = read_json(run.results)
+            epoch = results["best_step"] * results["num_epochs"] // results["num_steps"]
+            name = groups[0] if len(groups) == 1 else ""
+            rows.append(_row(kind, run.path.name, name, results["test"], epoch))
+        pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
+        rows.append(_row(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind], None))
+        parts += [f"Cross-validation, {kind}; each fold tests what it was not trained on:"]
+        parts += [(_HEADER, [_cells(row) for row in rows])]
+        everything += rows
+        if note := pooled[kind]["interval_note"]:
+            notes.append(f"Note on {kind}: {note}.")
+    if len(pooled) > 1:
+        figures = [f"{kind} {pooled[kind]['balanced_accuracy']:.3f}" for kind in pooled]
+        parts.append(f"Balanced accuracy: {', '.join(figures)}.")
+    parts += [*notes, _CAUTION, _NEXT[keep_test]]
+    write_csv(folder / "table.csv", list(everything[0]), [list(row.values()) for row in everything])
+    with write_whole(folder / "table.md") as file:
+        file.write(as_markdown(parts) + "\n")
+    found = {"pooled": pooled, "folds": everything, "failures": failures, "keep_test": keep_test}
+    write_json(folder / "results.json", {**found, "config": config.to_dict()})
+    print(as_text(parts))
+
+
+def _row(
+    kind: str, fold: str, tests: str, test: Mapping[str, Any], best_epoch: int | None
+) -> dict[str, Any]:
+    """A line of table.csv, from the figures of what was tested."""
+    row = {"folds": kind, "fold": fold, "tests": tests}
+    row |= {key: test[key] for key in ("num_crops", "num_fields")}
+    for key in _KEYS:
+        row[key] = test[key]
+        row[f"{key}_low"], row[f"{key}_high"] = test["interval_95"][key]
+    return row | {"best_epoch": best_epoch}
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """The same for a reader, with intervals of what is pooled; those of a fold rest on too few."""
+    figures = []
+    for key in _KEYS:
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        is_shown = row["best_epoch"] is None and low is not None
+        figures.append(f"{row[key]:.3f}" + (f" ({low:.3f}–{high:.3f})" if is_shown else ""))
+    name = ": ".join(filter(None, (row["fold"], row["tests"])))
+    others = ("num_crops", "num_fields"), ("best_epoch",)
+    counts, epoch = ([str(row[key] or "") for key in keys] for keys in others)
+    return [name, *counts, *figures, *epoch]

@@ -1,0 +1,181 @@
+"""One small cross-validation: a fold fails, another is stopped, and what is pooled is right."""
+
+import collections
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+
+from configs import cross_validate as cross_validate_config
+from jaxcells.config import SHIPPED, expand_cross_validation
+from jaxcells.data.crop_set import open_crop_set
+from jaxcells.evaluation.metrics import classification_metrics
+from jaxcells.files import Error, Workdir
+from jaxcells.training import signals
+from jaxcells.training.checkpoints import list_steps
+from jaxcells.training.signals import Interrupted
+from jaxcells.workflows import train
+from jaxcells.workflows.cross_validate import cross_validate, pool_folds
+from tests.data.folders import textured, write_image
+
+STEPS = 6  # two epochs of 24 crops in batches of 8
+FOLDS = ("fold1", "fold2", "batch1", "batch2")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """A config, two folds, no test split: three fields of each class, of two days."""
+    root = tmp_path_factory.mktemp("images")
+    for number, day in enumerate((1, 1, 2)):
+        coarse = textured(16, 16, number).repeat(4, 0).repeat(4, 1)
+        write_image(root / "coarse" / f"day{day}_{number}.png", coarse)
+        write_image(root / "fine" / f"day{day}_{number}.png", textured(64, 64, 100 + number))
+    config = cross_validate_config.get_config()
+    config.experiment, config.folds, config.keep_test = "demo", 2, False
+    config.model.width = 4
+    config.data.root, config.data.batch_by = str(root), r"(day\d)"
+    config.data.crop_size, config.data.crops_per_class, config.data.split = 32, 20, (12, 4, 4)
+    config.train.batch_size, config.train.num_epochs = 8, 2
+    return expand_cross_validation(config, SHIPPED)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """A cross-validation whose first fold failed at first, and whose second was stopped."""
+    workdir = Workdir(tmp_path_factory.mktemp("cross_validation"))
+    train_run, steps = train.train_run, collections.Counter()
+
+    def failing(config, run, *args):
+        if run.path.name == "fold1":
+            raise Error("out of\nmemory")
+        return train_run(config, run, *args)
+
+    def stopping(self, step):
+        steps[len(done())] += 1
+        self.signal = 15 if len(done()) == 0 and steps[0] == 5 else 0
+        return self.signal != 0
+
+    def done():
+        return list(workdir.folds.glob("*/results.json"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_run", failing)
+        patch.setattr(signals.StopRequest, "requested", stopping)
+        with pytest.raises(Interrupted, match="stopped at step 4 of 6"):
+            cross_validate(*arguments, workdir)
+        assert list_steps(Workdir(workdir.folds / "fold2").checkpoints)[-1] == 4
+        assert not workdir.cross_validation.exists()
+        with pytest.raises(Error, match=r"1 of the trainings failed \(fold1: out of memory\); the"):
+            cross_validate(*arguments, workdir)
+        assert sum(steps.values()) == 3 * STEPS + 1  # and the one that was refused
+        table = (workdir.cross_validation / "table.md").read_text()
+        assert "fold1 failed and is left out: out of memory" in table
+        assert "1 of 2 pooled" in table
+        patch.setattr(train, "train_run", train_run)
+        cross_validate(*arguments, workdir)
+    assert sum(steps.values()) == 4 * STEPS + 1  # nothing is trained twice
+    return workdir
+
+
+def test_every_field_is_tested_once_within_and_across_batches(finished):
+    for ending, unit in (("", "source"), ("_across_batches", "group")):
+        rows = rows_of(finished.cross_validation / f"predictions{ending}.csv")
+        assert len(rows) == 40
+        folds = collections.defaultdict(set)
+        for row in rows:
+            folds[row[unit]].add(row["fold"])
+        assert len(folds) == (2 if ending else 6)
+        assert {len(found) for found in folds.values()} == {1}
+    for name in FOLDS:
+        run = Workdir(finished.folds / name)
+        assert run.history.read_text().count('"split": "test"') == 1
+        assert open_crop_set(run.crops).num_folds == 2
+
+
+def test_pooled_figures_are_those_of_all_crops_together(finished):
+    results = json.loads((finished.cross_validation / "results.json").read_text())
+    assert results["failures"] == {}
+    table = rows_of(finished.cross_validation / "table.csv")
+    assert [row["fold"] for row in table] == [
+        *("fold1", "fold2", "2 of 2 pooled", "batch1", "batch2", "2 of 2 pooled")
+    ]
+    for kind, ending in (("within batches", ""), ("across batches", "_across_batches")):
+        rows = rows_of(finished.cross_validation / f"predictions{ending}.csv")
+        true, predicted = ([row[key] for row in rows] for key in ("label", "prediction"))
+        pooled = results["pooled"][kind]
+        assert pooled["accuracy"] == pytest.approx(accuracy_score(true, predicted))
+        balanced = balanced_accuracy_score(true, predicted)
+        assert pooled["balanced_accuracy"] == pytest.approx(balanced)
+        names = ("coarse", "fine")
+        probabilities = [[float(row[f"probability {name}"]) for name in names] for row in rows]
+        again = classification_metrics(
+            np.array(probabilities),
+            [names.index(label) for label in true],
+            class_names=names,
+            groups=[row["group"] for row in rows],
+        )
+        assert list(again.interval_95["accuracy"]) == pooled["interval_95"]["accuracy"]
+        assert pooled["num_fields"] == (2 if ending else 6)
+        for row in (row for row in table if row["folds"] == kind and row["best_epoch"]):
+            own = json.loads((finished.folds / row["fold"] / "results.json").read_text())
+            assert float(row["accuracy"]) == own["test"]["accuracy"]
+            assert int(row["best_epoch"]) == own["best_step"] // 3
+    text = (finished.cross_validation / "table.md").read_text()
+    assert text.count("each fold tests what it was not trained on") == 2
+    assert "batch1: day1" in text
+    within, across = (found["balanced_accuracy"] for found in results["pooled"].values())
+    sentence = f"Balanced accuracy: within batches {within:.3f}, across batches {across:.3f}."
+    assert sentence in text
+    assert "not of one network" in text
+    assert "no test split was set aside" in text
+
+
+def test_a_finished_one_is_not_trained_again_and_gives_the_same(finished, arguments, monkeypatch):
+    monkeypatch.setattr(train, "train_run", None)
+    files = [f"{finished.cross_validation}/{name}" for name in ("table.csv", "predictions.csv")]
+    before = [rows_of(path) for path in files]
+    cross_validate(*arguments, finished)
+    assert [rows_of(path) for path in files] == before
+    runs = [Workdir(finished.folds / name) for name in FOLDS[:2]]
+    pooled = pool_folds(runs)
+    assert collections.Counter(pooled.folds.tolist()).keys() == {1, 2}
+    assert pooled.rows()[0][-1] == "fold"
+
+
+def test_workdirs_of_something_else_and_other_settings_are_refused(finished, arguments, tmp_path):
+    config, folds, keep_test = arguments
+    with pytest.raises(Error, match=r"data\.fold was '1/2 all', now '1/3 all'"):
+        cross_validate(config, 3, keep_test, finished)
+    with pytest.raises(Error, match="is the workdir of a cross-validation"):
+        train.train_and_evaluate(config, finished)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(Error, match="is the workdir of a run or comparison"):
+        cross_validate(config, folds, keep_test, Workdir(tmp_path))
+
+
+def test_all_folds_are_checked_before_the_first_is_trained(arguments, tmp_path, monkeypatch):
+    config, _, keep_test = arguments
+    monkeypatch.setattr(train, "train_run", None)
+    with pytest.raises(Error, match=r"'coarse' has 3 groups .* 5 are needed"):
+        cross_validate(config, 5, keep_test, Workdir(tmp_path / "five"))
+    # With the test split set aside, two are left of three: enough for two folds.
+    prepare = train.prepare_together
+
+    def leaking(config, run):
+        data = prepare(config, run)
+        wrong = ("a leak",) if run.path.name == "fold2" else ()
+        return dataclasses.replace(data, audit=dataclasses.replace(data.audit, errors=wrong))
+
+    monkeypatch.setattr(train, "prepare_together", leaking)
+    with pytest.raises(Error, match="the audit found 1 errors: a leak"):
+        cross_validate(config, 2, True, Workdir(tmp_path / "two"))
+    shutil.rmtree(tmp_path / "two")
