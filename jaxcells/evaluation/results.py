@@ -9,7 +9,7 @@ from typing import Any
 from jaxcells.evaluation.calibration import Calibration
 from jaxcells.evaluation.evidence import Evidence, shown
 from jaxcells.evaluation.metrics import SplitMetrics, summary_table
-from jaxcells.text import duration
+from jaxcells.text import counted, duration
 
 _WIDTH = 80
 
@@ -91,7 +91,7 @@ class RunResults:
             f"baselines, balanced accuracy: {', '.join(baselines)}",
             f"calibration error {shown(calibrated)}, before calibration {shown(raw)}",
             f"validation accuracy {self.validation.accuracy:.3f}",
-            f"trained {self.num_epochs} epochs in {duration(timing.train_s)} at "
+            f"trained {counted(self.num_epochs, 'epoch')} in {duration(timing.train_s)} at "
             f"{timing.train_images_per_second:.1f} images/s; everything took "
             f"{duration(timing.total_s)}",
             *(f"WARNING: {warning}" for warning in warnings),
