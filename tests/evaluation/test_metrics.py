@@ -433,6 +433,8 @@ def test_what_all_replicates_agree_on_has_an_exact_bound_or_none():
 
     perfect = classification_metrics(one_hot(labels, 2), labels, class_names="AB", groups=units)
     assert perfect.scores["matthews"] == Score(1.0, (None, None))
+    for key in ("accuracy", "weighted_recall", "macro_recall"):
+        assert perfect.scores[key].interval_95 == pytest.approx((0.8316, 1), abs=1e-4)  # 20 of 20
     assert perfect.scores["roc_auc"] == Score(1.0, (None, None))
     alone = classification_metrics(one_hot(labels, 2), labels, class_names="AB", groups=labels)
     ends = {end for row in alone.per_class.values() for end in row.interval_95.values()}
