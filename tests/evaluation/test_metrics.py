@@ -355,7 +355,7 @@ def test_replicates_equal_scikit_learn_with_sample_weight():
     probabilities = softmax(logits, axis=1)
     groups = labels * 10 + rng.integers(0, 4, 84)
     split = Split(labels, groups, "ABCDEFG", num_bootstrap=10)
-    (weights,) = metrics_module.replicate_weights(split)
+    _, weights = metrics_module.weights_of(split)
     assert weights.shape == (84, 10)
     # n - 1 of the n units of a class are drawn, which together count like n.
     assert (np.ptp(weights, axis=1) > 0).all()
@@ -401,7 +401,7 @@ def test_intervals_of_scores_are_percentiles_over_fields():
     predictions = simulated_predictions(8, 6)
     result = split_metrics(predictions, seed=3)
     split = Split(predictions.labels, predictions.groups, "ab", seed=3)
-    weights = np.concatenate(list(metrics_module.replicate_weights(split)), axis=1)
+    weights = np.concatenate(list(metrics_module.weights_of(split))[1:], axis=1)
     assert weights.shape == (96, 2000)
     truth, score = predictions.labels == 1, predictions.probabilities[:, 1]
     values = [peer.roc_auc_score(truth, score, sample_weight=w) for w in weights.T[:300]]
@@ -433,6 +433,8 @@ def test_what_all_replicates_agree_on_has_an_exact_bound_or_none():
 
     perfect = classification_metrics(one_hot(labels, 2), labels, class_names="AB", groups=units)
     assert perfect.scores["matthews"] == Score(1.0, (None, None))
+    for key in ("accuracy", "weighted_recall", "macro_recall"):
+        assert perfect.scores[key].interval_95 == pytest.approx((0.8316, 1), abs=1e-4)  # 20 of 20
     assert perfect.scores["roc_auc"] == Score(1.0, (None, None))
     alone = classification_metrics(one_hot(labels, 2), labels, class_names="AB", groups=labels)
     ends = {end for row in alone.per_class.values() for end in row.interval_95.values()}
