@@ -2,12 +2,12 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from scipy.sparse import csr_array
 
 from jaxcells.evaluation.predictions import Predictions
 from jaxcells.text import shortened, some, text_table
@@ -17,14 +17,22 @@ _SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 # With fewer units than this in a class, no interval over units keeps its promise.
 _FEW_UNITS = 5
 _LEVEL = 0.95
+_ENDS = (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
 # Below any difference of two accuracies, above what rounding leaves of a sum that is zero.
 DECIMALS = 12
 _WIDTH = 80  # of the summary
 _KEYS = ("accuracy", "balanced_accuracy")
+_TOP = 5
+_SUMMARY = ("accuracy", "balanced_accuracy", "macro_f1", "matthews", "roc_auc")
+# Replicates are drawn and used in chunks of so many numbers: 16 MB each.
+_CHUNK = 2_000_000
 
 # (low, high), or (None, None) where a class has a single unit: nothing then tells how much units
 # of it differ.
 Interval = tuple[float | None, ...]
+_NONE: Interval = (None, None)
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +55,43 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """A figure.
+
+    Attributes:
+      value: None where it is 0/0.
+      interval_95: with other fields (groups), see `classification_metrics`.
+    """
+
+    value: float | None
+    interval_95: Interval
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassMetrics:
-    """Figures of one class; None is 0/0.
+    """Figures of one class against the others; None is 0/0.
 
     Attributes:
       precision: None of a class never predicted.
       recall: None of a class not in the split.
       f1: None of a class that is both.
       support: number of crops.
+      specificity: share of the other classes' crops that are not called this class; None where
+        there are no others.
+      roc_auc: area under the ROC curve; None of a class not in the split, or alone in it.
+      average_precision: area under the steps of the precision-recall curve; None of a class not in
+        the split.
+      interval_95: of all but support, by name.
     """
 
     precision: float | None
     recall: float | None
     f1: float | None
     support: int
+    specificity: float | None
+    roc_auc: float | None
+    average_precision: float | None
+    interval_95: Mapping[str, Interval]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +109,7 @@ class SplitMetrics:
       absent_classes: names without a crop in the split.
       num_crops: number of crops.
       num_fields: number of independent units.
+      scores: figures by name, those above too, see `classification_metrics`.
     """
 
     accuracy: float
@@ -90,6 +122,7 @@ class SplitMetrics:
     absent_classes: tuple[str, ...]
     num_crops: int
     num_fields: int
+    scores: Mapping[str, Score]
 
 
 def classification_metrics(
@@ -101,7 +134,7 @@ def classification_metrics(
     num_bootstrap: int = 2000,
     seed: int = 0,
 ) -> SplitMetrics:
-    """Accuracy, balanced accuracy, loss, figures per class and 95 % intervals of one split.
+    """Figures of one split and of its classes, with 95 % intervals.
 
     The intervals are percentile intervals of a bootstrap over independent units (Efron and
     Tibshirani 1993, ch. 13; for clusters Field and Welsh 2007): crops of one field resemble each
@@ -116,6 +149,17 @@ def classification_metrics(
     How often such intervals hold the truth, simulated with two classes, five crops a unit, a
     correlation of 0.3 within units and an accuracy of 0.75: 94 % with 30 units a class, 91 % with
     6, 86 % with 3, 65 % with 2. At an accuracy of 0.95: 90 % with 30 units, 87 % with 12.
+
+    `scores` has, with scikit-learn's values: accuracy and balanced_accuracy as above; precision,
+    recall and F1 as means over classes ("macro_") and weighted by support ("weighted_"); Cohen's
+    kappa; the multiclass Matthews correlation, 0 where a single class is present or predicted;
+    log_loss, to which no crop adds more than 36.0 nats; the Brier score, halved for two classes;
+    the areas under ROC and precision-recall curves, each class against the others, as means over
+    classes; and top_5_accuracy of more than five classes. Where scikit-learn warns that a figure
+    is undefined (0/0, also in one class of a mean), it is None. Replicates in which a figure is 0/0
+    are left out of its interval. Where a figure is the same in all replicates the bootstrap says
+    nothing: a precision, recall or specificity of 1 or 0 then has an exact binomial bound with the
+    units that it rests on for trials, and other figures have no interval.
 
     Args:
       probabilities: [N, K] float, rows that sum to 1.
@@ -137,28 +181,35 @@ def classification_metrics(
         raise ValueError("rows that are no probabilities: NaN, negative, or a sum other than 1")
     units = np.arange(len(labels)) if groups is None else np.asarray(groups)
     split = Split(labels, units, class_names, num_bootstrap, seed)
-    predicted, classes = probabilities.argmax(axis=1), range(len(class_names))
+    predicted = probabilities.argmax(axis=1)
     hits, crops = count_by_unit(predicted == labels, split)
-    accuracy, balanced_accuracy = accuracies(hits, crops)
+    figures = dict(zip(_KEYS, accuracies(hits, crops), strict=True))
     intervals, note = accuracy_intervals(hits, crops, split)
     likelihood = probabilities[np.arange(len(labels)), labels]
-    rows = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=np.nan)
+    confusion = np.zeros((len(class_names), len(class_names)), np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    scores, of_classes = _scores(probabilities, predicted, split)
+    for key, other in zip(_KEYS, ("weighted_recall", "macro_recall"), strict=True):
+        # The same figures under other names, but where a class is absent.
+        scores[key] = Score(figures[key], intervals[key])
+        if scores[other].value is not None:
+            scores[other] = dataclasses.replace(scores[other], interval_95=intervals[key])
     per_class = {}
-    for name, *ratios, support in zip(class_names, *rows, strict=True):
-        precision, recall, f1 = (None if np.isnan(x) else float(x) for x in ratios)
-        per_class[name] = ClassMetrics(precision, recall, f1, int(support))
-    confusion = confusion_matrix(labels, predicted, labels=classes).tolist()
+    for name, support, row in zip(class_names, confusion.sum(axis=1), of_classes, strict=True):
+        values = {key: score.value for key, score in row.items()}
+        ends = {key: score.interval_95 for key, score in row.items()}
+        per_class[name] = ClassMetrics(support=int(support), interval_95=ends, **values)
     return SplitMetrics(
-        accuracy=accuracy,
-        balanced_accuracy=balanced_accuracy,
+        **figures,
         loss=float(-np.log(np.maximum(likelihood, _SMALLEST_PROBABILITY)).mean()),
         per_class=per_class,
-        confusion_matrix=tuple(map(tuple, confusion)),
+        confusion_matrix=tuple(map(tuple, confusion.tolist())),
         interval_95=intervals,
         interval_note=note,
         absent_classes=tuple(name for name, row in per_class.items() if not row.support),
         num_crops=len(labels),
         num_fields=len(crops),
+        scores=scores,
     )
 
 
@@ -173,6 +224,163 @@ def split_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
     )
 
 
+def field_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
+    """`classification_metrics` of whole fields (images), by the mean of their crops' probabilities.
+
+    Groups stay what is independent; `num_crops` is then the number of fields.
+
+    Args:
+      predictions: of crops; all of a field are of its class.
+      seed: of the replicates.
+    """
+    _, first, field = np.unique(predictions.sources, return_index=True, return_inverse=True)
+    sums = np.zeros((len(first), len(predictions.class_names)))
+    np.add.at(sums, field, predictions.probabilities)
+    return classification_metrics(
+        sums / np.bincount(field)[:, None],
+        predictions.labels[first],
+        class_names=predictions.class_names,
+        groups=predictions.groups[first],
+        seed=seed,
+    )
+
+
+def confusion_figures(confusion: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Figures that depend on a confusion matrix alone; NaN is 0/0.
+
+    Args:
+      confusion: [..., K, K], weights of crops; rows are true classes, columns predictions.
+
+    Returns:
+      Figures of the split [...] and of its classes [..., K]. Kappa is Cohen's (1960), Matthews' the
+      correlation R_K of Gorodkin (2004), 0 where a single class is present or predicted.
+    """
+    apart = 1 - np.eye(confusion.shape[-1])
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    true, called = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    total = true.sum(axis=-1)
+    others = confusion.sum(axis=(-2, -1))[..., None] - true
+    with np.errstate(invalid="ignore"):
+        of_classes = {
+            "precision": hits / called,
+            "recall": hits / true,
+            "f1": 2 * hits / (true + called),
+            "specificity": 1 - (called - hits) / others,
+        }
+        figures: dict[str, Array] = {}
+        for key in ("precision", "recall", "f1"):
+            values = of_classes[key]
+            weighted = np.where(true > 0, values * true, 0).sum(axis=-1) / total
+            figures |= {f"macro_{key}": values.mean(axis=-1), f"weighted_{key}": weighted}
+        wrong = (confusion * apart).sum(axis=(-2, -1))
+        by_chance = (true[..., :, None] * called[..., None, :] * apart).sum(axis=(-2, -1)) / total
+        figures["cohen_kappa"] = 1 - wrong / by_chance
+        spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (called**2).sum(axis=-1))
+        covariance = hits.sum(axis=-1) * total - (true * called).sum(axis=-1)
+        figures["matthews"] = np.where(spread > 0, covariance / np.sqrt(spread), 0)
+    return figures, of_classes
+
+
+def areas(scores: Array, positive: npt.NDArray[np.bool_], weights: Array) -> tuple[Array, Array]:
+    """Areas under the ROC and the precision-recall curve in every replicate; NaN is undefined.
+
+    Crops of one score enter the curves together. The ROC curve is joined by lines, the other one
+    goes in steps, as in scikit-learn.
+
+    Args:
+      scores: float [N], higher for crops that rather belong to the class.
+      positive: bool [N], which do.
+      weights: float [N, R], how much each crop counts in each replicate.
+
+    Returns:
+      [R] and [R]; ROC needs crops of both kinds, the other one positive crops.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    weights, positive = weights[order], positive[order, None]
+    found = np.cumsum(np.where(positive, weights, 0), axis=0)[ends]
+    false = np.cumsum(np.where(positive, 0, weights), axis=0)[ends]
+    start = np.zeros((1, weights.shape[1]))
+    gained, wrong = np.diff(found, axis=0, prepend=start), np.diff(false, axis=0, prepend=start)
+    with np.errstate(invalid="ignore"):
+        below = (wrong * (found - gained / 2)).sum(axis=0) / (found[-1] * false[-1])
+        precision = np.where(found > 0, found / (found + false), 0)
+        return below, (gained * precision).sum(axis=0) / found[-1]
+
+
+def _figures(
+    probabilities: Array, predicted: npt.NDArray[np.int64], split: Split, weights: Array
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """All figures of the split [R] and of its classes [R, K], for weights of crops [N, R]."""
+    labels, classes = split.labels, np.arange(len(split.class_names))
+    cells = labels * len(classes) + predicted
+    one_hot = csr_array(
+        (np.ones(len(labels)), (cells, np.arange(len(labels)))), (len(classes) ** 2, len(labels))
+    )
+    confusion = (one_hot @ weights).T.reshape(-1, len(classes), len(classes))
+    figures, of_classes = confusion_figures(confusion)
+    right = probabilities[np.arange(len(labels)), labels]
+    smallest = np.finfo(np.float64).eps
+    square = ((probabilities - (labels[:, None] == classes)) ** 2).sum(axis=1)
+    means = {
+        "log_loss": -np.log(np.clip(right, smallest, 1 - smallest)),
+        "brier": square / 2 if len(classes) == 2 else square,
+    }
+    if len(classes) > _TOP:
+        top = np.argsort(probabilities, axis=1, kind="stable")[:, -_TOP:]
+        means["top_5_accuracy"] = (top == labels[:, None]).any(axis=1).astype(np.float64)
+    figures |= {key: values @ weights / weights.sum(axis=0) for key, values in means.items()}
+    pairs = [areas(probabilities[:, k], labels == k, weights) for k in classes]
+    for key, values in zip(("roc_auc", "average_precision"), zip(*pairs, strict=True), strict=True):
+        of_classes[key] = np.stack(values, axis=1)
+        figures[key] = of_classes[key].mean(axis=1)
+    return figures, of_classes
+
+
+def _scores(
+    probabilities: Array, predicted: npt.NDArray[np.int64], split: Split
+) -> tuple[dict[str, Score], list[dict[str, Score]]]:
+    """Figures of the split, and of every class, with their intervals."""
+    points = _figures(probabilities, predicted, split, np.ones((len(predicted), 1)))
+    drawn = [_figures(probabilities, predicted, split, w) for w in replicate_weights(split)]
+    figures, of_classes = (
+        {key: np.concatenate([part[n][key] for part in (points, *drawn)]) for key in points[n]}
+        for n in (0, 1)
+    )
+    rows = []
+    for k in range(len(split.class_names)):
+        true, called = split.labels == k, predicted == k
+        rests_on = {"precision": called, "recall": true, "specificity": ~true} if drawn else {}
+        trials = {key: len(np.unique(split.groups[crops])) for key, crops in rests_on.items()}
+        rows.append({key: score(v[:, k], trials.get(key, 0)) for key, v in of_classes.items()})
+    return {key: score(values) for key, values in figures.items()}, rows
+
+
+def score(values: Array, trials: int = 0) -> Score:
+    """A figure with its percentile interval; NaN is 0/0.
+
+    Args:
+      values: [1 + R], the figure and the same of every replicate; R may be 0, for no interval.
+      trials: independent units behind a share, for an exact binomial bound where it is 0 or 1; 0
+        for none.
+    """
+    value, replicates = float(values[0]), values[1:][~np.isnan(values[1:])]
+    if np.isnan(value):
+        return Score(None, _NONE)
+    if trials and value in (0, 1):
+        bound = _bound_without_error(trials)
+        return Score(value, (bound, 1.0) if value else (0.0, 1 - bound))
+    if not len(replicates) or np.ptp(replicates) < 10.0**-DECIMALS:
+        return Score(value, _NONE)
+    low, high = np.quantile(replicates, _ENDS).round(DECIMALS) + 0.0
+    return Score(value, (float(low), float(high)))
+
+
+def _bound_without_error(trials: int) -> float:
+    """Lower end of the exact 95 % interval of a share, where no trial failed."""
+    return float(((1 - _LEVEL) / 2) ** (1 / trials))
+
+
 def summary_table(metrics: SplitMetrics, title: str) -> str:
     """The figures of `classification_metrics` as plain text, at most 80 columns wide."""
     header = ("class", "precision", "recall", "F1", "support")
@@ -185,10 +393,11 @@ def summary_table(metrics: SplitMetrics, title: str) -> str:
         f"{metrics.num_crops} crops from {metrics.num_fields} independent fields (groups)",
         f"\n{text_table(header, rows, width=_WIDTH)}\n",
     ]
-    for key, (low, high) in metrics.interval_95.items():
-        interval = "none" if low is None else f"{low:.3f} to {high:.3f}"
-        figure = f"{key.replace('_', ' ')} {getattr(metrics, key):.3f}"
-        lines.append(f"{figure}, 95 % interval {interval}")
+    for key in _SUMMARY:
+        value, (low, high) = metrics.scores[key].value, metrics.scores[key].interval_95
+        if value is not None:
+            interval = "none" if low is None else f"{low:.3f} to {high:.3f}"
+            lines.append(f"{key.replace('_', ' ')} {value:.3f}, 95 % interval {interval}")
     lines.append(f"loss {metrics.loss:.3f}")
     notes = [metrics.interval_note] if metrics.interval_note else []
     if metrics.absent_classes:
@@ -237,9 +446,9 @@ def accuracy_intervals(
     if fewest == 1 or (hits != crops).any():
         return bootstrap_intervals(hits, crops, split)
     num_units = fewest * len(np.unique(_strata(crops)))
-    lower = ((1 - _LEVEL) / 2) ** (1 / num_units)
+    lower = _bound_without_error(num_units)
     exact = (
-        f"no crop is wrong: the lower bounds are the exact binomial ones of {num_units} "
+        f"nothing is called wrongly: the lower bounds are the exact binomial ones of {num_units} "
         "independent fields (groups) without an error"
     )
     notes = [*_notes_on_few_units(units_of, split.class_names), exact]
@@ -275,8 +484,7 @@ def bootstrap_intervals(
             "are left out of the interval of balanced accuracy"
         )
     means = totals.sum(axis=1) / counts.sum(axis=1), (totals[whole] / counts[whole]).mean(axis=1)
-    ends = (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
-    quantiles = [np.quantile(mean, ends).round(DECIMALS) + 0.0 for mean in means]
+    quantiles = [np.quantile(mean, _ENDS).round(DECIMALS) + 0.0 for mean in means]
     intervals = [tuple(pair.tolist()) for pair in quantiles]
     return dict(zip(_KEYS, intervals, strict=True)), "; ".join(notes) or None
 
@@ -292,15 +500,40 @@ def _replicates(
     """
     rows, repeats = np.unique(np.hstack([values, crops]), axis=0, return_counts=True)
     values, crops = np.hsplit(rows, 2)
-    rng = np.random.default_rng(seed)
-    strata = _strata(crops)
-    weights = np.empty((num_bootstrap, len(repeats)))
+    weights = _draw(_strata(crops), repeats, num_bootstrap, np.random.default_rng(seed))
+    return weights, values, crops
+
+
+def replicate_weights(split: Split) -> Iterator[Array]:
+    """Yields weights of crops [N, R] in some replicates at a time; none where a class has one unit.
+
+    The units are drawn as for `classification_metrics`.
+    """
+    _, crops = count_by_unit(np.zeros(len(split.labels), bool), split)
+    if 1 in (crops > 0).sum(axis=0):
+        return
+    unit = np.unique(split.groups, return_inverse=True)[1]
+    rng, strata, repeats = np.random.default_rng(split.seed), _strata(crops), np.ones(len(crops))
+    step = max(1, _CHUNK // max(len(unit), len(split.class_names) ** 2))
+    for start in range(0, split.num_bootstrap, step):
+        number = min(step, split.num_bootstrap - start)
+        yield np.ascontiguousarray(_draw(strata, repeats, number, rng).T)[unit]
+
+
+def _draw(
+    strata: npt.NDArray[np.int64],
+    repeats: npt.NDArray[Any],
+    number: int,
+    rng: np.random.Generator,
+) -> Array:
+    """Weights of kinds of units in some replicates [R, M], see `_replicates`."""
+    weights = np.empty((number, len(strata)))
     for stratum in np.unique(strata):
         members = strata == stratum
-        n = repeats[members].sum()
-        draws = rng.multinomial(n - 1, repeats[members] / n, size=num_bootstrap)
+        n = int(repeats[members].sum())
+        draws = rng.multinomial(n - 1, repeats[members] / n, size=number)
         weights[:, members] = draws * (n / (n - 1))
-    return weights, values, crops
+    return weights
 
 
 def _strata(crops: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

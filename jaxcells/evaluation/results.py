@@ -1,20 +1,17 @@
 """The results of a run: what results.json holds, by `dataclasses.asdict`."""
 
 import dataclasses
+import functools
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from jaxcells.evaluation.calibration import Calibration
+from jaxcells.evaluation.evidence import Evidence, shown
 from jaxcells.evaluation.metrics import SplitMetrics, summary_table
 from jaxcells.text import counted, duration
 
-
-@dataclasses.dataclass(frozen=True)
-class Baseline:
-    """What a classifier reaches on the test split that sees far less than the network."""
-
-    description: str
-    test_accuracy: float
+_WIDTH = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class RunResults:
       validation: figures of the validation split, by which the best checkpoint was chosen.
       test: figures of the test split.
       test_opened: how often the test split of this workdir had been opened then.
-      baseline: what the figures must beat.
+      evidence: what stands beside the figures of the test split.
       calibration: how to read the network's outputs, by the validation split.
       init: where the first parameters came from, see `initialization.initialize`.
       data: the images, crops and split, and what the audit found.
@@ -68,7 +65,7 @@ class RunResults:
     validation: SplitMetrics
     test: SplitMetrics
     test_opened: int
-    baseline: Baseline
+    evidence: Evidence
     calibration: Calibration
     init: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -82,20 +79,25 @@ class RunResults:
 
     def summary(self) -> str:
         """Returns the table and the lines that the terminal shows at the end of a run."""
-        timing, baseline = self.timing, self.baseline.test_accuracy
+        timing, evidence, fields = self.timing, self.evidence, self.evidence.fields
+        baselines = [f"{name} {b.balanced_accuracy:.3f}" for name, b in evidence.baselines.items()]
+        raw, calibrated = evidence.reliability.ece, evidence.reliability.ece_calibrated
+        audited = self.data["audit"]["warnings"]
+        warnings = [text for text in audited if "=crop:" in text or "confounded" in text]
+        warnings += [self.init["warning"]] if "warning" in self.init else []
         lines = [
-            summary_table(self.test, f"test split, best checkpoint (step {self.best_step})"),
-            f"validation accuracy {self.validation.accuracy:.3f}; brightness and contrast of "
-            f"the crops alone reach {baseline:.3f} on the test split",
+            f"{fields.num_crops} whole fields, by the mean over their crops: accuracy "
+            f"{shown(fields.scores['accuracy'])}",
+            f"baselines, balanced accuracy: {', '.join(baselines)}",
+            f"calibration error {shown(calibrated)}, before calibration {shown(raw)}",
+            f"validation accuracy {self.validation.accuracy:.3f}",
             f"trained {counted(self.num_epochs, 'epoch')} in {duration(timing.train_s)} at "
             f"{timing.train_images_per_second:.1f} images/s; everything took "
             f"{duration(timing.total_s)}",
+            *(f"WARNING: {warning}" for warning in warnings),
         ]
-        if self.test.accuracy <= baseline:
-            lines.append(
-                "WARNING: the network does no better than brightness and contrast of the crops "
-                "alone"
-            )
-        if "warning" in self.init:
-            lines.append(f"WARNING: {self.init['warning']}")
-        return "\n".join(lines)
+        # A baseline that is not beaten is said before anything else.
+        first = [f"WARNING: {evidence.unbeaten}"] if evidence.unbeaten else []
+        table = summary_table(self.test, f"test split, best checkpoint (step {self.best_step})")
+        fill = functools.partial(textwrap.fill, width=_WIDTH)
+        return "\n".join([*map(fill, first), table, *map(fill, lines)])

@@ -206,7 +206,8 @@ def report(
             )
         )
     comparisons = compare_with(choice.chosen, predictions, split)
-    notes = circumstances(base, done, rows, results[done[0].label].baseline.test_accuracy)
+    baselines = results[done[0].label].evidence.baselines
+    notes = circumstances(base, done, rows, baselines["brightness"].accuracy)
     curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.training_images):
         name, has_fraction, _ = row.name.partition("_fraction")
@@ -229,6 +230,7 @@ def report(
         "test_comparisons": {name: dataclasses.asdict(c) for name, c in comparisons.items()},
         "failures": failures,
         "trainings": {label: dataclasses.asdict(r) for label, r in results.items()},
+        "parts": parts,
         "manifest_sha256": data.crop_set.manifest_sha256,
         "config": base.to_dict(),
     }

@@ -16,11 +16,12 @@ from jaxcells.config import data_seed, data_source, differences, parse_multiplie
 from jaxcells.data.arrays import with_fraction
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
-from jaxcells.evaluation.baseline import mean_std_baseline
+from jaxcells.evaluation.baseline import baseline_predictions
+from jaxcells.evaluation.evidence import gather_evidence
 from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
-from jaxcells.evaluation.results import Baseline, RunResults, Timing
+from jaxcells.evaluation.results import RunResults, Timing
 from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.text import one_line
@@ -204,15 +205,14 @@ def open_test_split(
     tested, test_compile_s, test_s = predict.predict_split(network, arrays["test"])
     evaluate_s = val_s + test_s
     validation, tested = map(calibration.apply, (validation, tested))
+    baselines = baseline_predictions(train.images, train.labels, test.images)
+    tested = dataclasses.replace(tested, baselines=baselines)
     test_metrics = split_metrics(tested, seed=meta.seed)
     results = RunResults(
         validation=split_metrics(validation, seed=meta.seed),
         test=test_metrics,
         test_opened=opened,
-        baseline=Baseline(
-            "linear classifier on each crop's mean and standard deviation per channel",
-            mean_std_baseline(train.images, train.labels, test.images, test.labels),
-        ),
+        evidence=gather_evidence(tested, seed=meta.seed),
         calibration=calibration,
         init=meta.init,
         data=_describe_data(config, data, meta),

@@ -93,7 +93,7 @@ def test_all_faults_are_listed_with_their_lines(images):
         "77.png: cannot be opened: no such file or directory",
         "line 4: scans/../scans/1.png is in line 3 too, of class 'B'",
         "line 5: ",
-        "is no PNG, JPEG, TIFF or BMP image",
+        "is no PNG, JPEG, TIFF",
         "line 6: split 'trian' is none of train, val and test",
         "line 7: split '' is none of",
         "line 8: class '' cannot be the name of a folder",

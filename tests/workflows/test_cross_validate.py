@@ -16,8 +16,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from configs import cross_validate as cross_validate_config
 from jaxcells.config import SHIPPED, expand_cross_validation
 from jaxcells.data.crop_set import open_crop_set
+from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import classification_metrics
-from jaxcells.files import Error, Workdir
+from jaxcells.files import Error, Workdir, from_record
 from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps
 from jaxcells.training.signals import Interrupted
@@ -130,6 +131,11 @@ def test_killed_in_a_fold_and_resumed_gives_the_same_predictions(finished, argum
 def test_pooled_figures_are_those_of_all_crops_together(finished):
     results = json.loads((finished.cross_validation / "results.json").read_text())
     assert results["failures"] == {}
+    kinds = ["within batches", "across batches"]
+    assert list(results["pooled"]) == list(results["evidence"]) == kinds
+    within = from_record(Evidence, results["evidence"]["within batches"], "results.json")
+    assert [subset.name for subset in within.subsets["batch"]] == ["day1", "day2"]
+    assert within.baselines.keys() == {"majority", "brightness", "background"}
     table = rows_of(finished.cross_validation / "table.csv")
     assert [row["fold"] for row in table] == [
         *("fold1", "fold2", "2 of 2 pooled", "batch1", "batch2", "2 of 2 pooled")

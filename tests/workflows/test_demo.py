@@ -28,5 +28,5 @@ def test_the_demo_tells_the_simulated_lines_apart_on_fields_it_never_saw(tmp_pat
     assert results["data"]["audit"]["errors"] == []
     assert results["data"]["split_by"] == "field"
     assert results["test"]["accuracy"] > 0.90
-    assert results["baseline"]["test_accuracy"] < 0.60
+    assert results["evidence"]["baselines"]["brightness"]["accuracy"] < 0.60
     assert results["test"]["interval_note"] is None

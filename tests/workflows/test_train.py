@@ -132,7 +132,12 @@ def test_a_run_leaves_everything_that_the_design_promises(finished):
     assert results.best_step == best_step(finished.checkpoints)
     assert results.environment["dependencies"]["jax"] == jax.__version__
     assert results.environment["devices"]["platform"] == "cpu"
-    assert 0 <= results.baseline.test_accuracy <= 1
+    evidence = results.evidence
+    assert evidence.baselines.keys() == {"majority", "brightness", "background"}
+    assert evidence.baselines["majority"].balanced_accuracy == 0.5
+    assert evidence.fields.num_crops == sum(evidence.units.values())
+    assert sum(subset.num_crops for subset in evidence.subsets["foreground"]) == 12
+    assert evidence.clusters.num_crops == 12
     for path in (finished.config, *map(finished.figure, ("curves", "confusion", "crops"))):
         assert path.stat().st_size > 0
     assert list(finished.tensorboard.iterdir())
