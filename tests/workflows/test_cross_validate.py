@@ -56,12 +56,16 @@ def rows_of(path):
 def finished(arguments, tmp_path_factory):
     """A cross-validation whose first fold failed at first, and whose second was stopped."""
     workdir = Workdir(tmp_path_factory.mktemp("cross_validation"))
-    train_run, steps = train.train_run, collections.Counter()
+    train_run, open_test_split = train.train_run, train.open_test_split
+    failing, steps, shared = {"fold1"}, collections.Counter(), {}
 
-    def failing(config, run, *args):
-        if run.path.name == "fold1":
+    def train_or_fail(config, run, data, init, compiled):
+        if run.path.name in failing:
             raise Error("out of\nmemory")
-        return train_run(config, run, *args)
+        return train_run(config, run, data, init, shared)  # compiled once for all calls
+
+    def test(*arguments):
+        return open_test_split(*arguments[:-1], shared)
 
     def stopping(self, step):
         steps[len(done())] += 1
@@ -72,7 +76,8 @@ def finished(arguments, tmp_path_factory):
         return list(workdir.folds.glob("*/results.json"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_run", failing)
+        patch.setattr(train, "train_run", train_or_fail)
+        patch.setattr(train, "open_test_split", test)
         patch.setattr(signals.StopRequest, "requested", stopping)
         with pytest.raises(Interrupted, match="stopped at step 4 of 6"):
             cross_validate(*arguments, workdir)
@@ -84,7 +89,7 @@ def finished(arguments, tmp_path_factory):
         table = (workdir.cross_validation / "table.md").read_text()
         assert "fold1 failed and is left out: out of memory" in table
         assert "1 of 2 pooled" in table
-        patch.setattr(train, "train_run", train_run)
+        failing.clear()
         cross_validate(*arguments, workdir)
     assert sum(steps.values()) == 4 * STEPS + 1  # nothing is trained twice
     return workdir
