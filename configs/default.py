@@ -55,8 +55,8 @@ def get_config() -> ConfigDict:
     # stains); or "crop": nothing, as in the study.
     config.data.split_by = "field"
     # What batches images were taken in (plate, day): a regular expression whose group 1 names it in
-    # an image's path. Classes that do not stand in all of them are warned of, and cross-validation
-    # leaves out one batch after another, too. "": not known.
+    # an image's path. Classes that do not stand in all of them are warned of, and
+    # cross-validation leaves out one batch after another, too. "": not known.
     config.data.batch_by = ""
     # One fold of a cross-validation as a run of its own: "2/5" tests the second of five folds of
     # what is not in the test split, "2/0" leaves out the second group, "2/batch" the second batch;

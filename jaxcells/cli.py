@@ -72,9 +72,9 @@ _WORKDIR_VERBS = {
     "export weights": ("export", "export_weights"),
     "export tfds": ("export", "export_tfds"),
 }
+_MORE_KEYS = ("experiments", "seeds", "fractions", "experiment", "folds", "keep_test")
 # What a value must be that cannot be read as what its key's default is.
 _VALUES = {bool: "True or False", int: "a whole number", float: "a number"}
-_MORE_KEYS = ("experiments", "seeds", "fractions", "experiment", "folds", "keep_test")
 _NO_CONFIG = "--config is missing; for instance --config demo, see --help"
 
 

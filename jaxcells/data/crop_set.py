@@ -170,8 +170,8 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     listed = some([f"{label} {number}" for label, number in sorted(per_class.items())])
     logger.info("found %d images: %s", len(used), listed)
 
-    actual = dataclasses.replace(settings, crop_size=size, split_by=split_by)
-    crops = draw_crops(used, actual, places)
+    effective = dataclasses.replace(settings, crop_size=size, split_by=split_by)
+    crops = draw_crops(used, effective, places)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     records, hashes = _write_crops(partial, crops, size, settings.plane)
@@ -188,7 +188,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         "split_by": split_by,
         "field_kinds": _field_kinds(used),
         "notes": notes,
-        "num_folds": max(fold_of_fields(used, actual).values(), default=0),
+        "num_folds": max(fold_of_fields(used, effective).values(), default=0),
     }
     write_json(partial / "crop_set.json", description)
     partial.rename(directory)

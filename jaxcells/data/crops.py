@@ -106,24 +106,25 @@ def draw_crops(
     fields = sorted(fields, key=lambda field: field.name)
     split_of = _split_of_fields(fields, settings)
     fields = [field for field in fields if field.name in split_of]
-    size, border = settings.crop_size, settings.border
-    if not size:
-        shares = dict.fromkeys(split_of, 1)
-    elif settings.crops_per_class != "all":
+    if not settings.crop_size:
+        whole = [Crop(field, 0, 0, split_of[field.name]) for field in fields]
+        return _split_at_random(whole, settings)
+    if settings.crops_per_class != "all":
         shares = _shares(fields, split_of, settings)
     elif places:
         shares = {field.name: len(places[field.name]) for field in fields}
     else:
+        size, border = settings.crop_size, settings.border
         shares = {f.name: num_positions(f.info, size, border, step=size) for f in fields}
 
     def draw(field: Field) -> list[Crop]:
-        number, found = shares[field.name], [(0, 0)]
+        number, split = shares[field.name], split_of[field.name]
         if places:
             rng = named_generator(settings.seed, "cells", field.label, field.name)
             found = rng.permutation(places[field.name])[:number].tolist()
-        elif size:
+        else:
             found = _positions(field, number, settings)
-        return [Crop(field, y, x, split_of[field.name]) for y, x in found]
+        return [Crop(field, y, x, split) for y, x in found]
 
     crops = [c for drawn in parallel_map(draw, fields, title="drawing crops") for c in drawn]
     return _split_at_random(crops, settings)

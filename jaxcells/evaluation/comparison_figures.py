@@ -23,15 +23,20 @@ from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_w
 from jaxcells.text import shortened_apart
 
 # More experiments than colours take the next line style.
-_STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
+LINE_STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
 # Units of time, and the seconds up to which each is used.
 _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 
 Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 
-@rc_context(PAGE)
 def plot_accuracy_against_time(rows: Sequence[Row], path: Path, **references: float | None) -> None:
+    """Write `draw_accuracy_against_time` as a PNG."""
+    save_figure(draw_accuracy_against_time(rows, **references), path, dpi=300)
+
+
+@rc_context(PAGE)
+def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) -> Figure:
     """Draw balanced accuracy with its 95 % interval against the training time.
 
     Validation, by which the choice is made, is a filled disc; test, a hollow square beside it. The
@@ -39,7 +44,6 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path, **references: fl
 
     Args:
       rows: the experiments.
-      path: where the PNG goes.
       **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
     """
     longest = max(row.train_s for row in rows)
@@ -49,7 +53,7 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path, **references: fl
     log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows])
     keys: list[Artist] = []
     names = shortened_apart([row.name for row in rows], 28)
-    for row, name, style in zip(rows, names, itertools.cycle(_STYLES), strict=False):
+    for row, name, style in zip(rows, names, itertools.cycle(LINE_STYLES), strict=False):
         x, y = row.train_s / seconds, row.validation.balanced_accuracy
         _draw_estimate(figure, axes, x, row.validation, style, aside=False)
         _draw_estimate(figure, axes, x, row.test, style, aside=True)
@@ -67,26 +71,32 @@ def plot_accuracy_against_time(rows: Sequence[Row], path: Path, **references: fl
         *axes.get_legend_handles_labels()[0],
     ]
     figure.legend(handles=keys, loc="outside right upper")
-    save_figure(figure, path, dpi=300)
+    return figure
 
 
-@rc_context(PAGE)
 def plot_curves_together(
     records: Mapping[str, Sequence[Records]], path: Path, **references: float | None
 ) -> None:
+    """Write `draw_curves_together` as a PNG."""
+    save_figure(draw_curves_together(records, **references), path, dpi=300)
+
+
+@rc_context(PAGE)
+def draw_curves_together(
+    records: Mapping[str, Sequence[Records]], **references: float | None
+) -> Figure:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
     Of several seeds each is a thin line and their mean, over the epochs that all have, a thick one.
 
     Args:
       records: {experiment: for each seed the lines of metrics.jsonl}.
-      path: where the PNG goes.
       **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
     """
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     keys: list[Artist] = []
-    for (name, seeds), style in zip(records.items(), itertools.cycle(_STYLES), strict=False):
+    for (name, seeds), style in zip(records.items(), itertools.cycle(LINE_STYLES), strict=False):
         _draw_seeds(loss_axes, seeds, "train", "loss", style)
         _draw_seeds(accuracy_axes, seeds, "val", "balanced_accuracy", style)
         keys.append(Line2D([], [], lw=1.6, label=name, **style))
@@ -99,7 +109,7 @@ def plot_curves_together(
     for axes in (loss_axes, accuracy_axes):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5))
-    save_figure(figure, path, dpi=300)
+    return figure
 
 
 @rc_context(PAGE)
@@ -113,7 +123,7 @@ def plot_learning_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> Non
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
-    for (name, rows), style in zip(curves.items(), itertools.cycle(_STYLES), strict=False):
+    for (name, rows), style in zip(curves.items(), itertools.cycle(LINE_STYLES), strict=False):
         numbers = [row.training_images for row in rows]
         axes.plot(numbers, [row.validation.balanced_accuracy for row in rows], label=name, **style)
         for row in rows:

@@ -50,10 +50,21 @@ _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-@matplotlib.rc_context(PAGE)
 def plot_curves(
     records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int, **references: float | None
 ) -> None:
+    """Writes `draw_curves` as a PNG."""
+    save_figure(draw_curves(records, best_step=best_step, **references), path)
+
+
+@matplotlib.rc_context(PAGE)
+def draw_curves(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    best_step: int,
+    stacked: bool = False,
+    **references: float | None,
+) -> Figure:
     """Draws loss and accuracy against the epoch, for training and validation.
 
     The loss has a logarithmic axis where it asks for one. A validation loss that swings far above
@@ -63,13 +74,13 @@ def plot_curves(
       records: the lines of metrics.jsonl, each with step, epoch, split ("train" or "val"), loss
         and accuracy. Several of one split in one epoch are drawn as their mean; of several with
         the same step the last counts, as after a resumed run.
-      path: where the PNG goes.
       best_step: the step of the chosen checkpoint, marked on the validation curve.
+      stacked: one panel above the other, for a narrow page.
       **references: `chance` and `brightness`, see `draw_references`.
     """
     curves = {split: epoch_curve(records, split) for split in _STYLE}
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = Figure(figsize=(4.6, 5.6) if stacked else (9, 3.6), layout="constrained")
+    panels = figure.subplots(*((2, 1) if stacked else (1, 2)))
     for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
         for split, curve in curves.items():
             if curve["epoch"].size:
@@ -87,8 +98,9 @@ def plot_curves(
     train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
     log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
     if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
-        figure.supxlabel(_SWING_EXPLAINED, fontsize=8, color="#555555")
-    save_figure(figure, path)
+        text = textwrap.fill(_SWING_EXPLAINED, 70) if stacked else _SWING_EXPLAINED
+        figure.supxlabel(text, fontsize=8, color="#555555")
+    return figure
 
 
 def draw_references(axes: Axes, **references: float | None) -> None:
@@ -180,7 +192,7 @@ def plot_crops_sheet(
       path: where the PNG goes.
       title: written above the sheet.
     """
-    images, how = _displayed(np.stack([crop for row in crops.values() for crop in row]))
+    images, how = displayed(np.stack([crop for row in crops.values() for crop in row]))
     shown = iter(images)
     height, width = next(iter(crops.values()))[0].shape[:2]
     gap = max(2, width // 30)
@@ -246,7 +258,7 @@ def epoch_curve(
     }
 
 
-def _displayed(crops: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], str]:
+def displayed(crops: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], str]:
     """Crops [N, H, W, C] of any dtype as [N, H, W, 3] uint8, all on one scale; and how."""
     if crops.dtype != np.uint8:
         low, high = np.percentile(crops, [0.5, 99.5], axis=(0, 1, 2))

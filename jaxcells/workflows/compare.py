@@ -30,6 +30,7 @@ from jaxcells.training import mesh
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
+from jaxcells.workflows.report import report
 
 logger = logging.getLogger("jaxcells")
 
@@ -95,7 +96,8 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                 if trained := untested.get(e.label):
                     train.open_test_split(e.config, runs[e.label], data, trained, compiled)
             if mesh.is_primary():
-                report(base, done, workdir, data, choice, failures)
+                write_comparison(base, done, workdir, data, choice, failures)
+                report(workdir)
                 logger.info("tables and figures are in %s", workdir.comparison)
         train.raise_failures(failures)
 
@@ -152,7 +154,7 @@ def _keep(choice: Choice, workdir: Workdir, runs: Mapping[str, Workdir]) -> Choi
     return choice
 
 
-def report(
+def write_comparison(
     base: ConfigDict,
     done: Sequence[Experiment],
     workdir: Workdir,
@@ -229,8 +231,8 @@ def report(
         "experiments": [dataclasses.asdict(row) for row in rows],
         "test_comparisons": {name: dataclasses.asdict(c) for name, c in comparisons.items()},
         "failures": failures,
-        "trainings": {label: dataclasses.asdict(r) for label, r in results.items()},
         "parts": parts,
+        "trainings": {label: dataclasses.asdict(r) for label, r in results.items()},
         "manifest_sha256": data.crop_set.manifest_sha256,
         "config": base.to_dict(),
     }

@@ -91,7 +91,7 @@ def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Wor
                     progress = train.train_run(own, run, data, init, compiled)
                     train.open_test_split(own, run, data, progress, compiled)
         if mesh.is_primary() and len(failures) < len(prepared):
-            _report(config, keep_test, kinds, failures, workdir)
+            _write(config, keep_test, kinds, failures, workdir)
             logger.info("tables and predictions are in %s", workdir.cross_validation)
         train.raise_failures(failures)
 
@@ -132,7 +132,7 @@ def pool_folds(runs: Sequence[Workdir]) -> Predictions:
     )
 
 
-def _report(
+def _write(
     config: ConfigDict,
     keep_test: bool,
     kinds: Mapping[str, Sequence[Fold]],

@@ -33,6 +33,7 @@ from jaxcells.training.loop import train
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.recipe import Recipe
 from jaxcells.workflows.prepare import PreparedData, check_place, prepare_crops, prepare_data
+from jaxcells.workflows.report import report
 
 logger = logging.getLogger("jaxcells")
 
@@ -67,6 +68,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
             data.audit.raise_errors()
             progress = train_run(config, workdir, data, init)
             results = open_test_split(config, workdir, data, progress)
+            if mesh.is_primary():
+                report(workdir)
             logger.info("results, figures and predictions are in %s", workdir)
         if mesh.is_primary():
             print(results.summary())
