@@ -123,7 +123,7 @@ def plot_learning_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> Non
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
-    for (name, rows), style in zip(curves.items(), itertools.cycle(_STYLES), strict=False):
+    for (name, rows), style in zip(curves.items(), itertools.cycle(LINE_STYLES), strict=False):
         numbers = [row.training_images for row in rows]
         axes.plot(numbers, [row.validation.balanced_accuracy for row in rows], label=name, **style)
         for row in rows:

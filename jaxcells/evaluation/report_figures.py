@@ -26,12 +26,12 @@ _MARKERS = "osD^vP*X"
 _CHANCE: dict[str, Any] = {"color": "#555555", "ls": ":", "lw": 1}
 _MANY_POINTS = 1500  # more are drawn as pixels
 # Text stays text, in the fonts of the page; "$" and "_" in names are letters, not formulas.
-_STYLE: dict[str, Any] = PAGE | {
+_STYLE: Any = PAGE | {
     "svg.fonttype": "none",
     "svg.hashsalt": "jaxcells",
     "text.parse_math": False,
 }
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that it repeats
+_METADATA: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that it repeats
 _AXES = {
     "roc": ("false positive rate", "true positive rate (recall)"),
     "precision_recall": ("recall", "precision"),
@@ -81,7 +81,10 @@ def draw_reliability(found: Reliability) -> Figure:
     """Draws how often the network is right by how sure it is, before and after calibration."""
     figure, axes = _square("mean probability of the predicted class", "share that is right")
     axes.plot([0, 1], [0, 1], label="as sure as right", **_CHANCE)
-    kinds = {"as trained": (found.bins, LINE_STYLES[1]), "calibrated": (found.bins_calibrated, LINE_STYLES[0])}
+    kinds = {
+        "as trained": (found.bins, LINE_STYLES[1]),
+        "calibrated": (found.bins_calibrated, LINE_STYLES[0]),
+    }
     for name, (bins, style) in kinds.items():
         points = np.array([(b.confidence, b.accuracy, b.count) for b in bins if b.count])
         x, y, counts = points.T

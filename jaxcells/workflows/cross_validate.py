@@ -33,6 +33,7 @@ from jaxcells.training import mesh
 from jaxcells.training.initialization import Initialization, check_no_leak
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
+from jaxcells.workflows.report import report
 
 logger = logging.getLogger("jaxcells")
 
@@ -90,7 +91,8 @@ def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Wor
                     progress = train.train_run(own, run, data, init, compiled)
                     train.open_test_split(own, run, data, progress, compiled)
         if mesh.is_primary() and len(failures) < len(prepared):
-            _report(config, keep_test, kinds, failures, workdir)
+            _write_tables(config, keep_test, kinds, failures, workdir)
+            report(workdir)
             logger.info("tables and predictions are in %s", workdir.cross_validation)
         train.raise_failures(failures)
 
@@ -131,7 +133,7 @@ def pool_folds(runs: Sequence[Workdir]) -> Predictions:
     )
 
 
-def _report(
+def _write_tables(
     config: ConfigDict,
     keep_test: bool,
     kinds: Mapping[str, Sequence[Fold]],
@@ -180,7 +182,8 @@ def _report(
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
     found = {"pooled": pooled, "folds": everything, "failures": failures, "keep_test": keep_test}
-    write_json(folder / "results.json", {**found, "config": config.to_dict()})
+    more = {"parts": parts, "config": config.to_dict()}
+    write_json(folder / "results.json", {**found, **more})
     print(as_text(parts))
 
 
