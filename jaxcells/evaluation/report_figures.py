@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib
@@ -32,9 +32,10 @@ _STYLE: Any = PAGE | {
     "text.parse_math": False,
 }
 _METADATA: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that it repeats
-_AXES = {
-    "roc": ("false positive rate", "true positive rate (recall)"),
-    "precision_recall": ("recall", "precision"),
+# A curve, 1 if it gives x before y or -1, its axes, and what joins its points.
+_CURVES: dict[str, tuple[Callable[..., Any], int, str, str, str]] = {
+    "roc": (roc_curve, 1, "false positive rate", "true positive rate (recall)", "default"),
+    "precision_recall": (precision_recall_curve, -1, "recall", "precision", "steps-post"),
 }
 
 
@@ -61,18 +62,16 @@ def as_svg(figure: Figure, name: str, title: str, text: str) -> Markup:
 @matplotlib.rc_context(_STYLE)
 def draw_against_rest(predictions: Predictions, kind: Literal["roc", "precision_recall"]) -> Figure:
     """Draws the ROC or the precision-recall curve of every class against all others."""
-    figure, axes = _square(*_AXES[kind])
+    curve, order, *labels, steps = _CURVES[kind]
+    figure, axes = _square(*labels)
     if kind == "roc":
         axes.plot([0, 1], [0, 1], label="chance", **_CHANCE)
     looks = itertools.cycle(LINE_STYLES)
     for label, (name, style) in enumerate(zip(predictions.class_names, looks, strict=False)):
-        right, probabilities = predictions.labels == label, predictions.probabilities[:, label]
+        right = predictions.labels == label
         if right.any() and not right.all():
-            curve = roc_curve if kind == "roc" else precision_recall_curve
-            first, second, _ = curve(right, probabilities)
-            x, y = (first, second) if kind == "roc" else (second, first)
-            steps = "default" if kind == "roc" else "steps-post"
-            axes.plot(x, y, drawstyle=steps, label=shortened(name, 24), **style)
+            xy = curve(right, predictions.probabilities[:, label])[:2][::order]
+            axes.plot(*xy, drawstyle=steps, label=shortened(name, 24), **style)
     return _with_legend(figure)
 
 
