@@ -154,11 +154,9 @@ def _write_tables(
         tested, ending = pool_folds(runs), ""
         if kind == "across batches":
             batches = batch_of(tested.sources.tolist(), config.data.batch_by)
-            records = zip(tested.records, batches, strict=True)
-            in_batches = tuple(
-                dataclasses.replace(record, group=batch) for record, batch in records
-            )
-            tested, ending = dataclasses.replace(tested, records=in_batches), "_across_batches"
+            pairs = zip(tested.records, batches, strict=True)
+            records = tuple(dataclasses.replace(record, group=batch) for record, batch in pairs)
+            tested, ending = dataclasses.replace(tested, records=records), "_across_batches"
         write_predictions(folder / f"predictions{ending}.csv", tested)
         rows = []
         for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):

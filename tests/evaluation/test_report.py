@@ -118,7 +118,7 @@ def make_study(root, *, names=NAMES, fields=6, crops=4, side=SIDE, **changed) ->
         test=test,
         test_opened=1,
         evidence=evidence,
-        calibration=Calibration(3, 1.5, "largest softmax", -0.5),
+        calibration=Calibration(3, 1.5, "largest softmax", -0.5, ""),
         init={"kind": "random", "source": None, "sha256": None},
         data={
             "source": "folder",

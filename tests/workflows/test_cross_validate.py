@@ -5,6 +5,9 @@ import csv
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -116,6 +119,29 @@ def test_the_report_is_of_all_folds_together(finished):
         "(2 folds)",
     ):
         assert part in text
+
+
+@pytest.mark.slow
+def test_killed_in_a_fold_and_resumed_gives_the_same_predictions(finished, arguments, tmp_path):
+    root, workdir = arguments[0].data.root, Workdir(tmp_path)
+    keys = [
+        *("experiment=demo", "folds=2", "keep_test=False", "model.width=4", f"data.root={root}"),
+        *(r"data.batch_by=(day\d)", "data.crop_size=32", "data.crops_per_class=20"),
+        *("data.split=12,4,4", "train.batch_size=8", "train.num_epochs=2"),
+    ]
+    command = [sys.executable, "launch.py", "cross_validate", "--config", "cross_validate"]
+    command += [f"--workdir={tmp_path}", *(f"--config.{key}" for key in keys)]
+    cwd, deadline = SHIPPED.parent, time.monotonic() + 240
+    process = subprocess.Popen(command, cwd=cwd)
+    while not list_steps(Workdir(workdir.folds / "fold2").checkpoints):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run(command, cwd=cwd, check=True)
+    for path in finished.cross_validation.glob("*.csv"):
+        assert (workdir.cross_validation / path.name).read_bytes() == path.read_bytes()
 
 
 def test_pooled_figures_are_those_of_all_crops_together(finished):
