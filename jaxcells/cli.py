@@ -6,11 +6,13 @@ verbs
   train      make crops, train, test the best checkpoint once (the default);
              the same command resumes a run that was stopped
   compare    train several networks on the same crops, choose one, test them
-  cross_validate  test every field once, by a network that never saw it
+  cross_validate   test every field once, by a network that never saw it
   crop       make the crops and their manifest only
   check      make or verify the crops, and audit them for leaks
   evaluate   figures of a trained workdir; --split=train|val|test (default val),
              --checkpoint=best|latest|STEP (default best); --workdir is enough
+  report     report.html of a finished run, comparison or cross-validation again;
+             --workdir is enough
   export     `export weights --workdir FOLDER [--output FILE]`: for torchvision, timm;
              `export tfds`: the crops as a TensorFlow Datasets data set
   describe   the network as a table of layers and a drawing
@@ -69,6 +71,7 @@ _CONFIG_VERBS = {
 }
 _WORKDIR_VERBS = {
     "evaluate": ("evaluate", "evaluate"),
+    "report": ("report", "report"),
     "export weights": ("export", "export_weights"),
     "export tfds": ("export", "export_tfds"),
 }
@@ -137,14 +140,15 @@ def _use_trained(verb: str, args: flags.FlagValues) -> None:
     workdir = _workdir(args)
     if not workdir.path.is_dir():
         raise Error(f"{workdir}: no such workdir; train first, or give the folder of a run")
-    runs = sorted(path.name for path in workdir.experiments.glob("*"))
-    if runs:
+    runs = [*workdir.experiments.glob("*"), *workdir.folds.glob("*")]
+    if runs and verb != "report":
         raise Error(
-            f"{workdir} is a comparison; give the workdir of one of its runs, such as "
-            f"{workdir.experiments / runs[0]} (there are {', '.join(runs)})"
+            f"{workdir} is of several runs; give the workdir of one of them, such as {min(runs)} "
+            f"(there are {', '.join(sorted(run.name for run in runs))})"
         )
     output = None if args.output is None else Path(args.output).expanduser()
     arguments: dict[str, dict[str, Any]] = {
+        "report": {},
         "evaluate": {"split": args.split, "which": _checkpoint(args)},
         "export weights": {"output": output, "which": _checkpoint(args)},
         "export tfds": {"output": output},

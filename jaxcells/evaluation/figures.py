@@ -54,16 +54,16 @@ def plot_curves(
     records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int, **references: float | None
 ) -> None:
     """Writes `draw_curves` as a PNG."""
-    save_figure(draw_curves(records, best_step=best_step, **references), path)
+    save_figure(draw_curves(records, references, best_step=best_step), path)
 
 
 @matplotlib.rc_context(PAGE)
 def draw_curves(
     records: Sequence[Mapping[str, Any]],
+    references: Mapping[str, float | None],
     *,
     best_step: int,
     stacked: bool = False,
-    **references: float | None,
 ) -> Figure:
     """Draws loss and accuracy against the epoch, for training and validation.
 
@@ -74,9 +74,9 @@ def draw_curves(
       records: the lines of metrics.jsonl, each with step, epoch, split ("train" or "val"), loss
         and accuracy. Several of one split in one epoch are drawn as their mean; of several with
         the same step the last counts, as after a resumed run.
+      references: `chance` and `brightness`, see `draw_references`.
       best_step: the step of the chosen checkpoint, marked on the validation curve.
       stacked: one panel above the other, for a narrow page.
-      **references: `chance` and `brightness`, see `draw_references`.
     """
     curves = {split: epoch_curve(records, split) for split in _STYLE}
     figure = Figure(figsize=(4.6, 5.6) if stacked else (9, 3.6), layout="constrained")

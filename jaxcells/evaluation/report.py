@@ -82,10 +82,15 @@ def write_report(path: Path, study: Study) -> None:
     """Writes the page: a file that is whole or not there, below 6 MB, with all it needs in it."""
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     templates = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     templates.filters |= {"counted": counted, "duration": duration, "figure": figure}
-    templates.filters |= {"percent": "{:.1%}".format, "quote": shlex.quote, "shell": shlex.join}
+    templates.filters |= {"quote": shlex.quote, "shell": shlex.join}
+    templates.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     sections = choose_crops(study.predictions)
     crops, scaled = _draw_crops(study, list(dict.fromkeys(itertools.chain(*sections.values()))))
     page = templates.get_template("report.html.j2").render(
@@ -115,7 +120,9 @@ def choose_crops(predictions: Predictions) -> dict[str, list[int]]:
     typical: list[int] = []
     for label in np.unique(labels[~wrong]):
         right = np.flatnonzero(~wrong & (labels == label))
-        typical += right[np.argsort(np.abs(sure[right] - np.median(sure[right])))][:_PER_CLASS].tolist()
+        typical += right[np.argsort(np.abs(sure[right] - np.median(sure[right])))][
+            :_PER_CLASS
+        ].tolist()
     rng = np.random.default_rng(0)
     by_cell = [rng.permutation(np.flatnonzero(cells == cell)).tolist() for cell in np.unique(cells)]
     in_turn = itertools.chain(*itertools.zip_longest(*by_cell))
@@ -155,7 +162,7 @@ def _figures(study: Study) -> dict[str, Figure]:
         reached = evidence.baselines["brightness"].accuracy
         levels = {"chance": 1 / len(predictions.class_names), "brightness": reached}
         step = study.results.best_step
-        drawn["curves"] = draw_curves(study.curves, best_step=step, stacked=True, **levels)
+        drawn["curves"] = draw_curves(study.curves, levels, best_step=step, stacked=True)
     return drawn
 
 

@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib
@@ -26,15 +26,16 @@ _MARKERS = "osD^vP*X"
 _CHANCE: dict[str, Any] = {"color": "#555555", "ls": ":", "lw": 1}
 _MANY_POINTS = 1500  # more are drawn as pixels
 # Text stays text, in the fonts of the page; "$" and "_" in names are letters, not formulas.
-_STYLE: dict[str, Any] = PAGE | {
+_STYLE: Any = PAGE | {
     "svg.fonttype": "none",
     "svg.hashsalt": "jaxcells",
     "text.parse_math": False,
 }
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that it repeats
-_AXES = {
-    "roc": ("false positive rate", "true positive rate (recall)"),
-    "precision_recall": ("recall", "precision"),
+_METADATA: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none, so that it repeats
+# A curve, 1 if it gives x before y or -1, its axes, and what joins its points.
+_CURVES: dict[str, tuple[Callable[..., Any], int, str, str, str]] = {
+    "roc": (roc_curve, 1, "false positive rate", "true positive rate (recall)", "default"),
+    "precision_recall": (precision_recall_curve, -1, "recall", "precision", "steps-post"),
 }
 
 
@@ -61,18 +62,16 @@ def as_svg(figure: Figure, name: str, title: str, text: str) -> Markup:
 @matplotlib.rc_context(_STYLE)
 def draw_against_rest(predictions: Predictions, kind: Literal["roc", "precision_recall"]) -> Figure:
     """Draws the ROC or the precision-recall curve of every class against all others."""
-    figure, axes = _square(*_AXES[kind])
+    curve, order, *labels, steps = _CURVES[kind]
+    figure, axes = _square(*labels)
     if kind == "roc":
         axes.plot([0, 1], [0, 1], label="chance", **_CHANCE)
     looks = itertools.cycle(LINE_STYLES)
     for label, (name, style) in enumerate(zip(predictions.class_names, looks, strict=False)):
-        right, probabilities = predictions.labels == label, predictions.probabilities[:, label]
+        right = predictions.labels == label
         if right.any() and not right.all():
-            curve = roc_curve if kind == "roc" else precision_recall_curve
-            first, second, _ = curve(right, probabilities)
-            x, y = (first, second) if kind == "roc" else (second, first)
-            steps = "default" if kind == "roc" else "steps-post"
-            axes.plot(x, y, drawstyle=steps, label=shortened(name, 24), **style)
+            xy = curve(right, predictions.probabilities[:, label])[:2][::order]
+            axes.plot(*xy, drawstyle=steps, label=shortened(name, 24), **style)
     return _with_legend(figure)
 
 
@@ -81,7 +80,10 @@ def draw_reliability(found: Reliability) -> Figure:
     """Draws how often the network is right by how sure it is, before and after calibration."""
     figure, axes = _square("mean probability of the predicted class", "share that is right")
     axes.plot([0, 1], [0, 1], label="as sure as right", **_CHANCE)
-    kinds = {"as trained": (found.bins, LINE_STYLES[1]), "calibrated": (found.bins_calibrated, LINE_STYLES[0])}
+    kinds = {
+        "as trained": (found.bins, LINE_STYLES[1]),
+        "calibrated": (found.bins_calibrated, LINE_STYLES[0]),
+    }
     for name, (bins, style) in kinds.items():
         points = np.array([(b.confidence, b.accuracy, b.count) for b in bins if b.count])
         x, y, counts = points.T

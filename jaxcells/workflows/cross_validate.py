@@ -34,6 +34,7 @@ from jaxcells.training import mesh
 from jaxcells.training.initialization import Initialization, check_no_leak
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
+from jaxcells.workflows.report import report
 
 logger = logging.getLogger("jaxcells")
 
@@ -92,6 +93,7 @@ def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Wor
                     train.open_test_split(own, run, data, progress, compiled)
         if mesh.is_primary() and len(failures) < len(prepared):
             _write(config, keep_test, kinds, failures, workdir)
+            report(workdir)
             logger.info("tables and predictions are in %s", workdir.cross_validation)
         train.raise_failures(failures)
 

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import data_seed, data_source, differences, parse_multipliers
 from jaxcells.data.arrays import with_fraction
+from jaxcells.data.audit import batch_of
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import baseline_predictions
-from jaxcells.evaluation.evidence import gather_evidence
+from jaxcells.evaluation.evidence import gather_evidence, shown
 from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
@@ -68,10 +69,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
             data.audit.raise_errors()
             progress = train_run(config, workdir, data, init)
             results = open_test_split(config, workdir, data, progress)
-            if mesh.is_primary():
-                report(workdir)
             logger.info("results, figures and predictions are in %s", workdir)
         if mesh.is_primary():
+            if not workdir.report.exists():
+                report(workdir)
             print(results.summary())
         return results
 
@@ -210,12 +211,13 @@ def open_test_split(
     validation, tested = map(calibration.apply, (validation, tested))
     baselines = baseline_predictions(train.images, train.labels, test.images)
     tested = dataclasses.replace(tested, baselines=baselines)
+    batches = batch_of(tested.sources.tolist(), config.data.batch_by)
     test_metrics = split_metrics(tested, seed=meta.seed)
     results = RunResults(
         validation=split_metrics(validation, seed=meta.seed),
         test=test_metrics,
         test_opened=opened,
-        evidence=gather_evidence(tested, seed=meta.seed),
+        evidence=gather_evidence(tested, seed=meta.seed, batches=batches),
         calibration=calibration,
         init=meta.init,
         data=_describe_data(config, data, meta),
@@ -240,9 +242,23 @@ def open_test_split(
     if mesh.is_primary():
         write_predictions(workdir.predictions("val"), validation)
         write_predictions(workdir.predictions("test"), tested)
-        plot_curves(read_metrics(workdir.metrics), workdir.figure("curves"), best_step=meta.step)
-        confusion, names = test_metrics.confusion_matrix, meta.class_names
-        plot_confusion(confusion, names, workdir.figure("confusion"), title="test split")
+        names, brightness = meta.class_names, results.evidence.baselines["brightness"].accuracy
+        plot_curves(
+            *(read_metrics(workdir.metrics), workdir.figure("curves")),
+            best_step=meta.step,
+            chance=1 / len(names),
+            brightness=brightness,
+        )
+        number, fields = test_metrics.num_crops, test_metrics.num_fields
+        footer = [f"accuracy {shown(test_metrics.scores['accuracy'])}"]
+        footer += [test_metrics.interval_note] if test_metrics.interval_note else []
+        if shared := data.audit.shared_pixels["test"]:
+            footer.append(f"training shows {shared:.1%} of these pixels")
+        plot_confusion(
+            *(test_metrics.confusion_matrix, names, workdir.figure("confusion")),
+            title=f"test split: {number} crops of {fields} independent fields (groups)",
+            footer="; ".join(footer),
+        )
         plot_examples(train.images, train.labels, names, workdir.figure("crops"))
         # Written last: its presence says that the run is finished.
         write_json(workdir.results, dataclasses.asdict(results))

@@ -135,6 +135,20 @@ def test_a_comparison_leaves_tables_figures_and_whole_workdirs(finished):
     assert resnet["multiply_adds"] > plain["multiply_adds"]
 
 
+def test_the_report_is_of_the_comparison_and_of_what_it_chose(finished):
+    text = finished.report.read_text()
+    chosen = run_of(finished, f"{comparison_of(finished)['choice']['chosen']}_seed0")
+    accuracy = read(chosen.results)["test"]["accuracy"]
+    assert f"<strong>{100 * accuracy:.1f} %</strong>" in text
+    for part in (
+        "Report of a comparison",
+        "Accuracy against training time",
+        "Rule: Chosen is",
+        *NAMES,
+    ):
+        assert part in text
+
+
 def test_seeds_differ_in_training_and_share_what_is_compiled(finished, compiled):
     first, second = (variables(finished, label)["params"]["fc"] for label in LABELS[:2])
     assert not np.array_equal(first["kernel"], second["kernel"])

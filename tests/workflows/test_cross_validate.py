@@ -18,7 +18,7 @@ from jaxcells.config import SHIPPED, expand_cross_validation
 from jaxcells.data.crop_set import open_crop_set
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import classification_metrics
-from jaxcells.files import Error, Workdir, from_record
+from jaxcells.files import Error, Workdir, from_record, read_json
 from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps
 from jaxcells.training.signals import Interrupted
@@ -108,6 +108,23 @@ def test_every_field_is_tested_once_within_and_across_batches(finished):
         run = Workdir(finished.folds / name)
         assert run.history.read_text().count('"split": "test"') == 1
         assert open_crop_set(run.crops).num_folds == 2
+
+
+def test_the_report_is_of_all_folds_together(finished):
+    text = finished.report.read_text()
+    accuracy = read_json(finished.cross_validation / "results.json")["pooled"]["within batches"][
+        "accuracy"
+    ]
+    assert "of 40 crops from 6 independent fields were classified rightly" in text
+    assert f"<strong>{100 * accuracy:.1f} %</strong>" in text
+    for part in (
+        "Report of a cross-validation",
+        "no map of features",
+        "By batch",
+        "fold2",
+        "(2 folds)",
+    ):
+        assert part in text
 
 
 @pytest.mark.slow

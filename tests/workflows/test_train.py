@@ -1,8 +1,11 @@
 """Whole runs on small folders: one by the command line, one killed and resumed, others here."""
 
 import csv
+import html
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import demo
 from jaxcells import Error
@@ -24,6 +29,7 @@ from jaxcells.training.checkpoints import best_step, list_steps
 from jaxcells.training.progress import read_metrics
 from jaxcells.workflows.evaluate import evaluate
 from jaxcells.workflows.prepare import prepare_crops
+from jaxcells.workflows.report import report
 from jaxcells.workflows.train import train_and_evaluate
 from tests.data.folders import textured, write_image
 from tests.training.conftest import assert_same_run
@@ -147,6 +153,27 @@ def test_a_run_leaves_everything_that_the_design_promises(finished):
         assert part in text
     assert "balanced accuracy" in text
     assert "orbax" not in text.lower()
+
+
+def test_the_report_is_written_and_its_command_is_the_run(finished, images, tmp_path, monkeypatch):
+    text = finished.report.read_text()
+    accuracy = f"<strong>{100 * read_results(finished).test.accuracy:.1f} %</strong>"
+    assert accuracy in text
+    copy = Workdir(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    copy.report.unlink()
+    report(copy)
+    assert copy.report.read_text() == text
+
+    command = html.unescape(re.search(r"<pre[^>]*>(.*?)</pre>", text, re.DOTALL)[1])
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "launch.py")
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=parsed)
+    assert words[:2] == ["--config", "default"]
+    monkeypatch.setattr(sys, "argv", [script, "--config=configs/default.py", *words[2:]])
+    parsed(sys.argv)
+    assert parsed.config.to_dict() == make_config(images).to_dict()
 
 
 def test_predictions_agree_with_the_figures(finished):
