@@ -18,6 +18,7 @@ from jaxcells.data.audit import batch_of
 from jaxcells.data.crop_set import open_crop_set
 from jaxcells.data.splits import parse_fold
 from jaxcells.evaluation.comparison_table import Table, as_markdown, as_text
+from jaxcells.evaluation.evidence import gather_evidence
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import Predictions, read_predictions, write_predictions
 from jaxcells.files import (
@@ -91,7 +92,7 @@ def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Wor
                     progress = train.train_run(own, run, data, init, compiled)
                     train.open_test_split(own, run, data, progress, compiled)
         if mesh.is_primary() and len(failures) < len(prepared):
-            _write_tables(config, keep_test, kinds, failures, workdir)
+            _write(config, keep_test, kinds, failures, workdir)
             report(workdir)
             logger.info("tables and predictions are in %s", workdir.cross_validation)
         train.raise_failures(failures)
@@ -133,7 +134,7 @@ def pool_folds(runs: Sequence[Workdir]) -> Predictions:
     )
 
 
-def _write_tables(
+def _write(
     config: ConfigDict,
     keep_test: bool,
     kinds: Mapping[str, Sequence[Fold]],
@@ -147,13 +148,14 @@ def _write_tables(
     parts: list[str | Table] = []
     notes = [f"{name} failed and is left out: {text}" for name, text in failures.items()]
     pooled: dict[str, Any] = {}
+    evidences: dict[str, Any] = {}
     for kind, prepared in kinds.items():
         runs = [run for _, run, *_ in prepared if run.results.exists()]
         if not runs:
             continue
         tested, ending = pool_folds(runs), ""
+        batches = batch_of(tested.sources.tolist(), config.data.batch_by)
         if kind == "across batches":
-            batches = batch_of(tested.sources.tolist(), config.data.batch_by)
             pairs = zip(tested.records, batches, strict=True)
             records = tuple(dataclasses.replace(record, group=batch) for record, batch in pairs)
             tested, ending = dataclasses.replace(tested, records=records), "_across_batches"
@@ -166,12 +168,16 @@ def _write_tables(
             name = groups[0] if len(groups) == 1 else ""
             rows.append(_row(kind, run.path.name, name, results["test"], epoch))
         pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
+        evidence = gather_evidence(tested, seed=config.seed, batches=batches)
+        evidences[kind] = dataclasses.asdict(evidence)
         rows.append(_row(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind], None))
         parts += [f"Cross-validation, {kind}; each fold tests what it was not trained on:"]
         parts += [(_HEADER, [_cells(row) for row in rows])]
         everything += rows
         if note := pooled[kind]["interval_note"]:
             notes.append(f"Note on {kind}: {note}.")
+        if evidence.unbeaten:
+            notes.append(f"WARNING: {kind}: {evidence.unbeaten}.")
     if len(pooled) > 1:
         figures = [f"{kind} {pooled[kind]['balanced_accuracy']:.3f}" for kind in pooled]
         parts.append(f"Balanced accuracy: {', '.join(figures)}.")
@@ -179,9 +185,16 @@ def _write_tables(
     write_csv(folder / "table.csv", list(everything[0]), [list(row.values()) for row in everything])
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
-    found = {"pooled": pooled, "folds": everything, "failures": failures, "keep_test": keep_test}
-    more = {"parts": parts, "config": config.to_dict()}
-    write_json(folder / "results.json", {**found, **more})
+    found = {
+        "pooled": pooled,
+        "evidence": evidences,
+        "folds": everything,
+        "failures": failures,
+        "keep_test": keep_test,
+        "parts": parts,
+        "config": config.to_dict(),
+    }
+    write_json(folder / "results.json", found)
     print(as_text(parts))
 
 

@@ -16,8 +16,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from configs import cross_validate as cross_validate_config
 from jaxcells.config import SHIPPED, expand_cross_validation
 from jaxcells.data.crop_set import open_crop_set
+from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import classification_metrics
-from jaxcells.files import Error, Workdir, read_json
+from jaxcells.files import Error, Workdir, from_record, read_json
 from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps
 from jaxcells.training.signals import Interrupted
@@ -55,12 +56,16 @@ def rows_of(path):
 def finished(arguments, tmp_path_factory):
     """A cross-validation whose first fold failed at first, and whose second was stopped."""
     workdir = Workdir(tmp_path_factory.mktemp("cross_validation"))
-    train_run, steps = train.train_run, collections.Counter()
+    train_run, open_test_split = train.train_run, train.open_test_split
+    failing, steps, shared = {"fold1"}, collections.Counter(), {}
 
-    def failing(config, run, *args):
-        if run.path.name == "fold1":
+    def train_or_fail(config, run, data, init, compiled):
+        if run.path.name in failing:
             raise Error("out of\nmemory")
-        return train_run(config, run, *args)
+        return train_run(config, run, data, init, shared)  # compiled once for all calls
+
+    def test(*arguments):
+        return open_test_split(*arguments[:-1], shared)
 
     def stopping(self, step):
         steps[len(done())] += 1
@@ -71,7 +76,8 @@ def finished(arguments, tmp_path_factory):
         return list(workdir.folds.glob("*/results.json"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_run", failing)
+        patch.setattr(train, "train_run", train_or_fail)
+        patch.setattr(train, "open_test_split", test)
         patch.setattr(signals.StopRequest, "requested", stopping)
         with pytest.raises(Interrupted, match="stopped at step 4 of 6"):
             cross_validate(*arguments, workdir)
@@ -83,7 +89,7 @@ def finished(arguments, tmp_path_factory):
         table = (workdir.cross_validation / "table.md").read_text()
         assert "fold1 failed and is left out: out of memory" in table
         assert "1 of 2 pooled" in table
-        patch.setattr(train, "train_run", train_run)
+        failing.clear()
         cross_validate(*arguments, workdir)
     assert sum(steps.values()) == 4 * STEPS + 1  # nothing is trained twice
     return workdir
@@ -147,6 +153,11 @@ def test_killed_in_a_fold_and_resumed_gives_the_same_predictions(finished, argum
 def test_pooled_figures_are_those_of_all_crops_together(finished):
     results = json.loads((finished.cross_validation / "results.json").read_text())
     assert results["failures"] == {}
+    kinds = ["within batches", "across batches"]
+    assert list(results["pooled"]) == list(results["evidence"]) == kinds
+    within = from_record(Evidence, results["evidence"]["within batches"], "results.json")
+    assert [subset.name for subset in within.subsets["batch"]] == ["day1", "day2"]
+    assert within.baselines.keys() == {"majority", "brightness", "background"}
     table = rows_of(finished.cross_validation / "table.csv")
     assert [row["fold"] for row in table] == [
         *("fold1", "fold2", "2 of 2 pooled", "batch1", "batch2", "2 of 2 pooled")
