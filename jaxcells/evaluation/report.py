@@ -148,7 +148,7 @@ def _figures(study: Study) -> dict[str, Figure]:
         for name, row in study.test.per_class.items()
     }
     drawn = {
-        "classes": report_figures.draw_intervals(classes, _CLASS_FIGURES),
+        "classes": report_figures.draw_intervals(classes, ["recall", "precision", "F1"]),
         "roc": report_figures.draw_against_rest(predictions, "roc"),
         "precision_recall": report_figures.draw_against_rest(predictions, "precision_recall"),
         "reliability": report_figures.draw_reliability(evidence.reliability),

@@ -1,7 +1,6 @@
 """The verb `report`: what a run, a comparison or a cross-validation found, on one page."""
 
 import logging
-import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,8 +12,8 @@ from jaxcells.data.crop_set import open_crop_set
 from jaxcells.evaluation.checks import run_checks
 from jaxcells.evaluation.comparison_figures import draw_accuracy_against_time, draw_curves_together
 from jaxcells.evaluation.comparison_table import Row
-from jaxcells.evaluation.evidence import gather_evidence
-from jaxcells.evaluation.metrics import split_metrics
+from jaxcells.evaluation.evidence import Evidence
+from jaxcells.evaluation.metrics import SplitMetrics
 from jaxcells.evaluation.predictions import read_predictions
 from jaxcells.evaluation.report import Study, write_report
 from jaxcells.evaluation.results import RunResults
@@ -83,23 +82,21 @@ def _study_of_comparison(workdir: Workdir) -> Study:
 
 
 def _study_of_folds(workdir: Workdir) -> Study:
-    found = read_json(workdir.cross_validation / "results.json")
-    folders = sorted(workdir.folds.glob("fold*"), key=lambda folder: natural(folder.name))
+    path = workdir.cross_validation / "results.json"
+    found = read_json(path)
+    kind = next(iter(found["pooled"]))  # within batches, where there are folds across them too
+    pattern, ending = ("batch*", "_across_batches") if kind == "across batches" else ("fold*", "")
+    folders = sorted(workdir.folds.glob(pattern), key=lambda folder: natural(folder.name))
     runs = [run for run in map(Workdir, folders) if run.results.exists()]
-    sets = [open_crop_set(run.crops) for run in runs]
-    arrays = [open_arrays(own, run.arrays)["test"] for own, run in zip(sets, runs, strict=True)]
-    path = workdir.cross_validation / "predictions.csv"
+    arrays = [open_arrays(open_crop_set(run.crops), run.arrays)["test"] for run in runs]
     records = [record for part in arrays for record in part.records]
-    pooled, seed = read_predictions(path, records, sets[0].class_names), found["config"]["seed"]
-    batch_by = found["config"]["data"]["batch_by"]
-    matches = [re.search(batch_by, record.source) for record in records]
-    batches = [match[1] if match else "" for match in matches] if batch_by else None
+    names = tuple(found["pooled"][kind]["per_class"])
     return _study_of_run(
         runs[0],
         kind="cross_validation",
-        test=split_metrics(pooled, seed=seed),
-        evidence=gather_evidence(pooled, seed=seed, batches=batches),
-        predictions=pooled,
+        test=from_record(SplitMetrics, found["pooled"][kind], path),
+        evidence=from_record(Evidence, found["evidence"][kind], path),
+        predictions=read_predictions(path.with_name(f"predictions{ending}.csv"), records, names),
         images=[image for part in arrays for image in part.images],
         curves=(),
         parts=found["parts"],
