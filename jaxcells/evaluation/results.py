@@ -50,7 +50,8 @@ class RunResults:
       test: figures of the test split.
       test_opened: how often the test split of this workdir had been opened then.
       evidence: what stands beside the figures of the test split.
-      calibration: how to read the network's outputs, by the validation split.
+      calibration: how to read the network's outputs, by the validation split; the bank of features
+        that belongs to it stands in calibration.json alone.
       init: where the first parameters came from, see `initialization.initialize`.
       data: the images, crops and split, and what the audit found.
       timing: seconds.

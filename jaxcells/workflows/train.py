@@ -218,7 +218,8 @@ def open_test_split(
         test=test_metrics,
         test_opened=opened,
         evidence=gather_evidence(tested, seed=meta.seed, batches=batches),
-        calibration=calibration,
+        # The bank is large, and stands in calibration.json.
+        calibration=dataclasses.replace(calibration, unknown_bank=""),
         init=meta.init,
         data=_describe_data(config, data, meta),
         timing=Timing(
