@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import data_seed, data_source, differences, parse_multipliers
 from jaxcells.data.arrays import with_fraction
-from jaxcells.data.audit import batch_of
+from jaxcells.data.splits import find_groups
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import baseline_predictions
@@ -211,7 +211,7 @@ def open_test_split(
     validation, tested = map(calibration.apply, (validation, tested))
     baselines = baseline_predictions(train.images, train.labels, test.images)
     tested = dataclasses.replace(tested, baselines=baselines)
-    batches = batch_of(tested.sources.tolist(), config.data.batch_by)
+    batches = find_groups(tested.sources.tolist(), config.data.batch_by, "data.batch_by")
     test_metrics = split_metrics(tested, seed=meta.seed)
     results = RunResults(
         validation=split_metrics(validation, seed=meta.seed),
