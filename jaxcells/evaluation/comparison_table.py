@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, Comparison, Estimate, paired_difference
-from jaxcells.evaluation.metrics import Split
 from jaxcells.files import write_csv, write_whole
 from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 

@@ -8,9 +8,10 @@ import numpy.typing as npt
 from sklearn.metrics import silhouette_samples
 
 from jaxcells.evaluation.baseline import BASELINES
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.calibration import Reliability, reliability
 from jaxcells.evaluation.comparison import Estimate, estimate, paired_difference
-from jaxcells.evaluation.metrics import Score, Split, SplitMetrics, field_metrics
+from jaxcells.evaluation.metrics import Score, SplitMetrics, field_metrics
 from jaxcells.evaluation.predictions import Predictions
 
 # Foreground fractions (see `foreground`) up to which a crop counts as "empty", at most a sliver
@@ -145,7 +146,7 @@ def gather_evidence(
       seed: of the bootstrap, and of the crops that are looked at for clusters.
       batches: [N], the batch (plate, day) of every crop, where it is known.
     """
-    split = Split(tested.labels, tested.groups, tested.class_names, seed=seed)
+    split = tested.split(seed)
     pairs = {(r.group, r.label) for r in tested.records}
     return Evidence(
         fields=field_metrics(tested, seed=seed),

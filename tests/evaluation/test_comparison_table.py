@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import (
     RULE,
     Candidate,
@@ -19,7 +20,6 @@ from jaxcells.evaluation.comparison_table import (
     paragraphs,
     write_table,
 )
-from jaxcells.evaluation.metrics import Split
 
 
 def figures(mean, low, high, *, accuracy=0.9, deviation=None, note=None):
