@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 
 from jaxcells.evaluation import bootstrap
 from jaxcells.evaluation.bootstrap import Interval, Split
+from jaxcells.evaluation.metrics import Score
 
 RULE = (
     "Chosen is the fastest experiment whose validation balanced accuracy (mean over seeds) is "
@@ -41,6 +42,10 @@ class Estimate:
     interval_note: str | None
     accuracy_deviation: float | None = None
     balanced_accuracy_deviation: float | None = None
+
+    def score(self, key: str = "balanced_accuracy") -> Score:
+        """One of the two with its interval."""
+        return Score(getattr(self, key), self.interval_95[key])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -249,7 +249,5 @@ def _shown(estimate: Estimate) -> str:
 
 
 def _difference(estimate: Estimate) -> str:
-    """−0.010, or −0.010 (−0.020 to 0.000)."""
-    figures = [estimate.balanced_accuracy, *estimate.interval_95["balanced_accuracy"]]
-    shown = ["" if x is None else f"{x:z.3f}".replace("-", "−") for x in figures]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})" if shown[1] else shown[0]
+    """−0.010 (−0.020 to 0.000)."""
+    return str(estimate.score()).replace("-", "−")

@@ -160,13 +160,6 @@ def gather_evidence(
     )
 
 
-def shown(score: Score) -> str:
-    """A figure and its interval for people: 0.913 (0.850 to 0.951)."""
-    low, high = score.interval_95
-    number = "none" if score.value is None else f"{score.value:.3f}"
-    return f"{number} (no interval)" if low is None else f"{number} ({low:.3f} to {high:.3f})"
-
-
 def _subsets(
     tested: Predictions, split: Split, batches: Sequence[str] | None
 ) -> dict[str, tuple[Subset, ...]]:
@@ -194,23 +187,17 @@ def _subset(
     units = groups if len(set(groups)) > 1 else tested.sources[rows]
     part = dataclasses.replace(split, labels=split.labels[rows], groups=units)
     found = estimate(tested.predicted[None, rows], part)
-    accuracy, balanced_accuracy = (
-        Score(getattr(found, key), interval) for key, interval in found.interval_95.items()
-    )
+    scores = found.score("accuracy"), found.score()
     counts, chance = (int(rows.sum()), len(set(units))), 1 / len(set(part.labels))
-    return Subset(str(name), *counts, accuracy, balanced_accuracy, chance, found.interval_note)
+    return Subset(str(name), *counts, *scores, chance, found.interval_note)
 
 
 def _baseline(name: str, tested: Predictions, split: Split) -> Baseline:
     classes = tested.baselines[name][None]
     difference = paired_difference(tested.predicted[None], classes, split)
     low, _ = difference.interval_95["balanced_accuracy"]
-    return Baseline(
-        **vars(estimate(classes, split)),
-        description=BASELINES[name],
-        difference=difference,
-        beaten=low is not None and low > 0,
-    )
+    beaten, own = low is not None and low > 0, vars(estimate(classes, split))
+    return Baseline(**own, description=BASELINES[name], difference=difference, beaten=beaten)
 
 
 def _clusters(tested: Predictions, seed: int) -> Clusters | None:

@@ -34,6 +34,12 @@ class Score:
     value: float | None
     interval_95: Interval
 
+    def __str__(self) -> str:
+        """For people: 0.913 (0.850 to 0.951)."""
+        low, high = self.interval_95
+        number = "none" if self.value is None else f"{self.value:z.3f}"
+        return f"{number} (no interval)" if low is None else f"{number} ({low:z.3f} to {high:z.3f})"
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassMetrics:

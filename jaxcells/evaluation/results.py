@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcells.evaluation.calibration import Calibration
-from jaxcells.evaluation.evidence import Evidence, shown
+from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import SplitMetrics, summary_table
 from jaxcells.text import counted, duration
 
@@ -87,9 +87,9 @@ class RunResults:
         warnings += [self.init["warning"]] if "warning" in self.init else []
         lines = [
             f"{fields.num_crops} whole fields, by the mean over their crops: accuracy "
-            f"{shown(fields.scores['accuracy'])}",
+            f"{fields.scores['accuracy']}",
             f"baselines, balanced accuracy: {', '.join(baselines)}",
-            f"calibration error {shown(calibrated)}, before calibration {shown(raw)}",
+            f"calibration error {calibrated}, before calibration {raw}",
             f"validation accuracy {self.validation.accuracy:.3f}",
             f"trained {counted(self.num_epochs, 'epoch')} in {duration(timing.train_s)} at "
             f"{timing.train_images_per_second:.1f} images/s; everything took "

@@ -130,7 +130,7 @@ def test_rule_choice_and_comparison_on_the_test_split():
     ) in found
     # Less than half of the last digit is no minus zero.
     assert in_comparison == ["−0.020 (−0.050 to 0.000)", "3", "17", "0.003"]
-    assert cells(found, "resnet18")[1] == ["0.100", "40", "5", r"\<0.001"]
+    assert cells(found, "resnet18")[1] == ["0.100 (no interval)", "40", "5", r"\<0.001"]
     parts = (
         "1.25 GB",
         "out of memory",
