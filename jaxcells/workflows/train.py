@@ -18,7 +18,7 @@ from jaxcells.data.splits import find_groups
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import baseline_predictions
-from jaxcells.evaluation.evidence import gather_evidence, shown
+from jaxcells.evaluation.evidence import gather_evidence
 from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
@@ -251,7 +251,7 @@ def open_test_split(
             brightness=brightness,
         )
         number, fields = test_metrics.num_crops, test_metrics.num_fields
-        footer = [f"accuracy {shown(test_metrics.scores['accuracy'])}"]
+        footer = [f"accuracy {test_metrics.scores['accuracy']}"]
         footer += [test_metrics.interval_note] if test_metrics.interval_note else []
         if shared := data.audit.shared_pixels["test"]:
             footer.append(f"training shows {shared:.1%} of these pixels")
