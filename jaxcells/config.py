@@ -30,10 +30,13 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], object], str]:
 
 def _is_expression(text: object) -> bool:
     try:
-        re.compile(str(text))
+        return bool(re.compile(str(text)))
     except re.error:
         return False
-    return True
+
+
+def _whole(number: int, least: int) -> Callable[[Any], bool]:
+    return lambda x: len(x) == number and all(isinstance(n, int) and n >= least for n in x)
 
 
 _SOURCE = re.compile(r"|folder|sample|tfds:.+")
@@ -55,14 +58,8 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "data.sheet": (_SHEET.fullmatch, "a .csv or .tsv file (save a spreadsheet as CSV in UTF-8)"),
     "data.crops_per_class": (lambda x: x == "all" or str(x).isdecimal(), "a whole number or all"),
     "data.crop_size": (lambda x: x == 0 or x >= 32, "32 or more, or 0 to use images whole"),
-    "data.split": (
-        lambda x: len(x) == 3 and all(isinstance(n, int) and n >= 1 for n in x),
-        "three whole numbers of 1 or more: train, val, test",
-    ),
-    "data.border": (
-        lambda x: len(x) == 4 and all(isinstance(n, int) and n >= 0 for n in x),
-        "four whole numbers: top, right, bottom, left",
-    ),
+    "data.split": (_whole(3, 1), "three whole numbers of 1 or more: train, val, test"),
+    "data.border": (_whole(4, 0), "four whole numbers: top, right, bottom, left"),
     "data.fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "data.batch_by": (
         lambda x: not x or (_is_expression(x) and re.compile(x).groups),
@@ -83,35 +80,36 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
-def find_config(name: str) -> Path:
-    """Returns the file of a config: a path, or the name of one of ours, such as "resnet34".
+def find_config(name: str, folder: Path = SHIPPED) -> Path:
+    """Returns the file of a config: a path, or a name, such as "resnet34".
+
+    Args:
+      name: what is looked for.
+      folder: where files of that name are looked for, before ours.
 
     Raises:
       Error: there is no such file.
     """
-    for path in (Path(name), SHIPPED / f"{name}.py"):
+    for path in (folder / f"{name}.py", Path(name), SHIPPED / f"{name}.py"):
         if path.is_file():
             return path
     ours = ", ".join(sorted(path.stem for path in SHIPPED.glob("[!_]*.py")))
     raise Error(f"there is no file {name}, nor a config of ours of that name; ours are {ours}")
 
 
-def let_configs_import(folder: Path) -> None:
-    """Makes `from configs import NAME` find files of a folder, and after them those shipped."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
-        del sys.modules[name]
-    package = types.ModuleType("configs")
-    package.__path__ = [str(folder.resolve()), str(SHIPPED)]
-    sys.modules["configs"] = package
-
-
 def load_config(path: Path) -> ConfigDict:
     """Returns what `get_config()` of a file gives.
+
+    There, `from configs import NAME` finds files of its own folder, and after them ours.
 
     Raises:
       Error: the file has no such function.
     """
-    let_configs_import(path.parent)
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        del sys.modules[name]
+    package = types.ModuleType("configs")
+    package.__path__ = [str(path.parent.resolve()), str(SHIPPED)]
+    sys.modules["configs"] = package
     defined = runpy.run_path(str(path))
     if "get_config" not in defined:
         raise Error(f"{path}: the file defines no get_config(); see configs/default.py")
@@ -266,35 +264,30 @@ def expand_comparison(config: ConfigDict, folder: Path) -> tuple[ConfigDict, lis
     Raises:
       Error: lists what is wrong with which experiment.
     """
-    base = config.copy_and_resolve_references().unlock()
-    if "experiments" not in base or "seeds" not in base:
-        raise Error(
-            "a comparison needs the keys experiments and seeds; see configs/compare.py, and give "
-            "one like it"
-        )
+    base, (listed, seeds, fractions) = _without(config, "experiments", "seeds", "fractions")
+    if listed is None or seeds is None:
+        raise Error("a comparison needs the keys experiments and seeds, as configs/compare.py has")
     # On the command line, "a,b" arrives as one text.
-    listed = (base.experiments,) if isinstance(base.experiments, str) else base.experiments
-    names = [name.strip() for text in listed for name in str(text).split(",") if name.strip()]
-    seeds = list(base.seeds) if isinstance(base.seeds, tuple | list) else [base.seeds]
-    fractions = base.get("fractions", ())
-    _remove(base, "experiments", "seeds", "fractions")
+    texts = [listed] if isinstance(listed, str) else listed
+    names = [name.strip() for text in texts for name in str(text).split(",") if name.strip()]
+    seeds = list(seeds) if isinstance(seeds, tuple | list) else [seeds]
+    fractions = fractions or ()
     validate(base)
     plain = all(re.fullmatch(r"\w[\w.-]*", name) for name in names)  # a folder is named so
     if not names or len(set(names)) < len(names) or not plain:
         raise Error(f"experiments={','.join(names)!r} must be names of configs, each once")
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise Error(f"seeds={seeds} must be one or more whole numbers, each once")
-
     if len(set(fractions)) < len(fractions) or not all(0 < share <= 1 for share in fractions):
         raise Error(f"fractions={fractions} must be above 0 and at most 1, each once")
     names_of = {share: f"_fraction{share:g}" for share in fractions} or {base.data.fraction: ""}
 
-    default, shared = flatten(default_config()), flatten(base)
+    shared = flatten(base)
     experiments, mistakes = [], []
     for name in names:
-        own = flatten(_load_named(name, folder))
-        changes = {key: value for key, value in own.items() if value != default.get(key)}
-        changes["model.name"] = own["model.name"]  # whatever the comparison's own is
+        own = load_config(find_config(name, folder))
+        changes = changed_keys(own)
+        changes["model.name"] = own.model.name  # whatever the comparison's own is
         for key, value in list(changes.items()):
             own_keys = re.match(r"data\.(augment|normalize|fraction)", key)
             if key.startswith("data.") and not own_keys and value != shared.get(key):
@@ -336,32 +329,31 @@ def expand_cross_validation(config: ConfigDict, folder: Path) -> tuple[ConfigDic
     Raises:
       Error: lists what is wrong.
     """
-    base = config.copy_and_resolve_references().unlock()
-    keys = ("experiment", "folds", "keep_test")
-    name, folds, keep_test = map(base.get, keys)
-    _remove(base, *keys)
+    base, (name, folds, keep_test) = _without(config, "experiment", "folds", "keep_test")
     if name is None or type(folds) is not int or folds < 0 or folds == 1 or base.data.fold:
         raise Error(
             "a cross-validation needs the keys experiment, folds (2 or more, or 0 to leave out one "
             "group after another) and keep_test, and no data.fold; see configs/cross_validate.py"
         )
-    default, run = flatten(default_config()), _load_named(name, folder).unlock()
-    changes = {key: value for key, value in flatten(base).items() if value != default.get(key)}
-    run.update_from_flattened_dict(changes)
+    run = load_config(find_config(name, folder)).unlock()
+    run.update_from_flattened_dict(changed_keys(base))
     validate(run)
     return run, folds, keep_test
 
 
-def _remove(config: ConfigDict, *keys: str) -> None:
-    for key in keys:
-        if key in config:
-            del config[key]
+def _without(config: ConfigDict, *keys: str) -> tuple[ConfigDict, list[Any]]:
+    """Returns a copy without some keys, and their values; None for one that is not there."""
+    copy = config.copy_and_resolve_references().unlock()
+    values = [copy.get(key) for key in keys]
+    for key in set(keys) & set(copy):
+        del copy[key]
+    return copy, values
 
 
-def _load_named(name: str, folder: Path) -> ConfigDict:
-    """Returns the config of an experiment from a folder, or of ours."""
-    path = folder / f"{name}.py"
-    return load_config(path if path.is_file() else find_config(name))
+def changed_keys(config: ConfigDict) -> dict[str, Any]:
+    """Returns the values that differ from the default, by full key."""
+    default = flatten(default_config())
+    return {key: value for key, value in flatten(config).items() if value != default.get(key)}
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

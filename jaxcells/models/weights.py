@@ -15,7 +15,6 @@ Blocks that a pre-activation network runs in a scan are stacked, and single in a
 """
 
 import dataclasses
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -79,14 +78,10 @@ class PortReport:
         """Returns one line for the log: how many were loaded, and what became of the others."""
         return "; ".join([f"{len(self.loaded)} tensors loaded", *self.notes])
 
-    def problems(self, most: int | None = None) -> str:
-        """Returns one line that lists what does not fit; "" if everything does.
-
-        Args:
-          most: how many names of a kind to list; None lists all.
-        """
+    def problems(self) -> str:
+        """Returns one line that lists what does not fit; "" if everything does."""
         return ", ".join(
-            f"{len(names)} {kind} ({some(names, most or len(names))})"
+            f"{len(names)} {kind} ({some(names, _MOST_NAMES)})"
             for kind in ("unexpected", "missing", "unfit")
             if (names := getattr(self, kind))
         )
@@ -100,14 +95,12 @@ class PortError(Error):
         advice = "set model.name to the network these weights are of, or init=random"
         if all("downsample" in n for n in (*report.unexpected, *report.missing, *report.unfit)):
             advice = f"one network is plain, without shortcuts, and the other is not; {advice}"
-        super().__init__(
-            f"{report.source}: tensors do not fit the network: {report.problems(_MOST_NAMES)}; "
-            f"{advice}"
-        )
+        found = f"tensors do not fit the network: {report.problems()}"
+        super().__init__(f"{report.source}: {found}; {advice}")
 
 
 def load_pretrained(
-    source: str | os.PathLike[str] | Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
     variables: Variables,
     *,
     conv1: Conv1 = "adapt",
@@ -121,25 +114,20 @@ def load_pretrained(
     over its input channels divided by C: C equal channels then have the effect of three.
 
     Args:
-      source: a safetensors file, or its tensors by torch's names.
+      tensors: by torch's names, such as `load_safetensors` gives.
       variables: `{"params", "batch_stats"}` of the network, freshly initialised. Not changed.
       conv1: "fresh" keeps the first convolution in `variables` whatever the source's is: for
         channels that have nothing to do with colours.
       other_classes: why a head of as many classes is not for these classes; keeps the one in
         `variables`. "": a head that fits is taken over.
-      called: what messages call tensors that come from no file.
+      called: where the tensors come from, for messages.
 
     Returns:
       Variables with the loaded values as NumPy arrays in the network's dtypes, and the report.
 
     Raises:
       PortError: missing, unexpected or unfit tensors; all of them in one message.
-      Error: the file cannot be read, see `load_safetensors`.
     """
-    if isinstance(source, Mapping):
-        tensors = source
-    else:
-        tensors, called = load_safetensors(source), os.fspath(source)
     merged = flatten_dict(unstack(variables))
     own = {_torch_name(path): path for path in merged}
     others = [name for name in tensors if name not in own]
@@ -194,20 +182,18 @@ def to_torch(variables: Variables) -> dict[str, np.ndarray]:
     }
 
 
-def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def load_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a safetensors file by name, in their own shapes and dtypes.
 
     Raises:
       Error: no such file, a pickle (which could run any code; the message holds the command that
         converts it), or not a whole safetensors file.
     """
-    path = Path(path).expanduser()
     try:
         return load_file(path)
     except OSError as error:
-        raise Error(
-            f"{path}: cannot read the weights ({one_line(error)}); check the path in init"
-        ) from error
+        problem = f"{path}: cannot read the weights ({one_line(error)}); check the path in init"
+        raise Error(problem) from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         with open(path, "rb") as file:
             is_pickle = file.read(2) in (b"PK", *(b"\x80%c" % protocol for protocol in range(6)))
@@ -220,24 +206,22 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from error
 
 
-def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+def load_metadata(path: Path) -> dict[str, str]:
     """Returns the texts that a safetensors file holds beside its tensors; often there are none.
 
     Raises:
       Error: not a whole safetensors file.
     """
     try:
-        with safe_open(Path(path).expanduser(), framework="numpy") as file:
+        with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _not_whole(path, error) from error
 
 
-def _not_whole(path: str | os.PathLike[str], error: Exception) -> Error:
-    return Error(
-        f"{os.fspath(path)}: not a whole safetensors file ({one_line(error)}); get it or save it "
-        "again"
-    )
+def _not_whole(path: Path, error: Exception) -> Error:
+    found = f"not a whole safetensors file ({one_line(error)})"
+    return Error(f"{path}: {found}; get it or save it again")
 
 
 def _torch_name(path: KeyPath) -> str:

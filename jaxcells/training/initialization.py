@@ -1,7 +1,6 @@
 """Where a network's first parameters come from: ImageNet, a file, an earlier run, or chance."""
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -158,24 +157,17 @@ def initialize(
     record["source"] = str(init.path)
     names_there = _origin(init).get("class_names")
     if init.kind == "run":
-        source, meta = restore_variables(Workdir(init.path).checkpoints, "best")
-        record["step"] = meta.step
-        port = functools.partial(
-            weights.load_pretrained, weights.to_torch(source), called=str(init.path)
-        )
+        variables, meta = restore_variables(Workdir(init.path).checkpoints, "best")
+        tensors, record["step"] = weights.to_torch(variables), meta.step
     else:
-        record["sha256"] = file_sha256(init.path)
-        port = functools.partial(weights.load_pretrained, init.path)
-    try:
-        variables, report = port(
-            variables=state.variables,
-            conv1=init.conv1,
-            other_classes=_other_classes(names_there, class_names),
-        )
-    except weights.PortError as error:
-        if (everything := error.report.problems()) not in str(error):
-            logger.warning("%s: all that does not fit: %s", init.path, everything)
-        raise
+        tensors, record["sha256"] = weights.load_safetensors(init.path), file_sha256(init.path)
+    variables, report = weights.load_pretrained(
+        tensors,
+        state.variables,
+        conv1=init.conv1,
+        other_classes=_other_classes(names_there, class_names),
+        called=str(init.path),
+    )
     record["tensors"] = report.summary()
     if names_there is None and not report.skipped:
         record["tensors"] += "; the head too, which says nothing of its classes"

@@ -4,7 +4,6 @@ The order is the evidence: every experiment is trained and predicts the validati
 chooses and compare/choice.json is written; only then is the test split opened, of any of them.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -21,16 +20,15 @@ from jaxcells.evaluation import comparison_figures, comparison_table, predict
 from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
 from jaxcells.evaluation.comparison_table import Row, Table
-from jaxcells.evaluation.predictions import read_predictions
 from jaxcells.evaluation.results import RunResults
-from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
+from jaxcells.files import Error, Workdir, from_record, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
 from jaxcells.training import mesh
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
-from jaxcells.workflows.report import report
+from jaxcells.workflows.report import predictions_of, report
 
 logger = logging.getLogger("jaxcells")
 
@@ -53,7 +51,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in experiments}
-    with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
+    with train.keep_workdir(workdir):
         if workdir.is_trained:
             raise Error(f"{workdir} is the workdir of a single run; choose another workdir")
         for e in experiments:
@@ -61,7 +59,6 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
         starts = {e.label: train.find_start(e.config, runs[e.label]) for e in experiments}
         mesh.warn_of_cpu()
         data = train.prepare_together(base, workdir)
-        data.audit.raise_errors()
 
         predictions: dict[str, np.ndarray] = {}  # classes of the validation split, int [N]
         seconds: dict[str, float] = {}  # of training, see `Progress.typical_train_s`
@@ -90,7 +87,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
         if done:
             means = {name: fmean(values) for name, values in _by_name(done, seconds).items()}
             choice = choose(_by_name(done, predictions), _split(data, "val", base.seed), means)
-            choice = _keep(choice, workdir, {e.label: runs[e.label] for e in done})
+            choice = _keep(choice, workdir, [runs[e.label] for e in done])
             logger.info("chosen by validation: %s", choice.chosen)
             for e in done:
                 if trained := untested.get(e.label):
@@ -115,12 +112,6 @@ def _read_results(run: Workdir) -> RunResults:
     return from_record(RunResults, read_json(run.results), run.results)
 
 
-def _read_predictions(run: Workdir, split: str, data: PreparedData) -> np.ndarray:
-    """Reads the predicted classes, int [N], of a tested run."""
-    records, class_names = data.arrays[split].records, data.crop_set.class_names
-    return read_predictions(run.predictions(split), records, class_names).predicted
-
-
 def _by_name(experiments: Sequence[Experiment], values: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Values by label as a list of its seeds for each experiment that has any."""
     found: dict[str, list[Any]] = {}
@@ -135,7 +126,7 @@ def _split(data: PreparedData, name: str, seed: int) -> Split:
     return Split(arrays.labels, arrays.groups, data.crop_set.class_names, seed=seed)
 
 
-def _keep(choice: Choice, workdir: Workdir, runs: Mapping[str, Workdir]) -> Choice:
+def _keep(choice: Choice, workdir: Workdir, runs: Sequence[Workdir]) -> Choice:
     """Writes choice.json, with those of the runs that have been tested before.
 
     The same choice that stands there already is returned as it was first made: with the trainings
@@ -146,7 +137,7 @@ def _keep(choice: Choice, workdir: Workdir, runs: Mapping[str, Workdir]) -> Choi
         first = from_record(Choice, read_json(path), path)
         if dataclasses.replace(first, tested_before_choice=()) == choice:
             return first
-    tested = tuple(label for label, run in runs.items() if predict.times_opened(run, "test"))
+    tested = tuple(run.path.name for run in runs if predict.times_opened(run, "test"))
     choice = dataclasses.replace(choice, tested_before_choice=tested)
     if mesh.is_primary():
         path.parent.mkdir(exist_ok=True)
@@ -175,18 +166,18 @@ def write_comparison(
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in done}
     results = {label: _read_results(run) for label, run in runs.items()}
     records = {label: read_metrics(run.metrics) for label, run in runs.items()}
-    tests, vals = (
-        _by_name(done, {label: _read_predictions(run, name, data) for label, run in runs.items()})
-        for name in ("test", "val")
+    validated, predictions = (
+        _by_name(done, {label: predictions_of(run, split).predicted for label, run in runs.items()})
+        for split in ("val", "test")
     )
-    predictions, split = tests, _split(data, "test", base.seed)
+    split = _split(data, "test", base.seed)
     _, *shape, channels = data.arrays["train"].images.shape
     inputs = (*shape, 3 if channels == 1 else channels)  # grey is repeated
     rows: list[Row] = []
     for candidate in choice.candidates:
         name, train_s = candidate.name, candidate.seconds
-        found = [results[e.label] for e in done if e.name == name]
-        own = next(e.config for e in done if e.name == name)
+        trainings = [e for e in done if e.name == name]
+        found, own = [results[e.label] for e in trainings], trainings[0].config
         trained = with_fraction(data.arrays["train"], own.data.fraction, seed=data_seed(own))
         num_epochs = found[0].num_epochs
         parameters, multiply_adds = totals(summarize(create_model(**found[0].model), inputs))
@@ -194,7 +185,7 @@ def write_comparison(
             Row(
                 name=name,
                 chosen=name == choice.chosen,
-                seeds=tuple(e.seed for e in done if e.name == name),
+                seeds=tuple(e.seed for e in trainings),
                 validation=candidate.estimate,
                 test=estimate(predictions[name], split),
                 parameters=parameters,
@@ -217,8 +208,9 @@ def write_comparison(
             curves.setdefault(name, []).append(row)
     for name, points in curves.items():
         if len(points) > 1:
-            validation = _split(data, "val", base.seed)
-            notes += comparison_table.learning_curve(name, points, vals, validation)
+            notes += comparison_table.learning_curve(
+                name, points, validated, _split(data, "val", base.seed)
+            )
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)

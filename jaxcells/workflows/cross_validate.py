@@ -5,35 +5,26 @@ leave out a batch each follow those that leave out groups: figures across batche
 within.
 """
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.data.crop_set import open_crop_set
-from jaxcells.data.splits import find_groups, parse_fold
+from jaxcells.data.splits import find_groups
 from jaxcells.evaluation.comparison_table import Table, as_markdown, as_text
 from jaxcells.evaluation.evidence import gather_evidence
 from jaxcells.evaluation.metrics import split_metrics
-from jaxcells.evaluation.predictions import Predictions, read_predictions, write_predictions
-from jaxcells.files import (
-    Error,
-    Workdir,
-    lock_workdir,
-    read_json,
-    write_csv,
-    write_json,
-    write_whole,
-)
+from jaxcells.evaluation.predictions import write_predictions
+from jaxcells.evaluation.report import figure
+from jaxcells.files import Error, Workdir, read_json, write_csv, write_json, write_whole
 from jaxcells.training import mesh
 from jaxcells.training.initialization import Initialization, check_no_leak
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
-from jaxcells.workflows.report import report
+from jaxcells.workflows.report import pool_folds, report
 
 logger = logging.getLogger("jaxcells")
 
@@ -73,7 +64,7 @@ def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Wor
         training failed.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
-    with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
+    with train.keep_workdir(workdir):
         if workdir.is_trained or workdir.experiments.is_dir():
             raise Error(f"{workdir} is the workdir of a run or comparison; choose another workdir")
         mesh.warn_of_cpu()
@@ -107,47 +98,26 @@ def _prepare(config: ConfigDict, of: str, keep_test: bool, workdir: Workdir) -> 
         train.check_config(own, run)
         init = train.find_start(own, run)
         data = train.prepare_together(own, run)
-        data.audit.raise_errors()
         check_no_leak(init, data.crop_set)
         prepared.append((own, run, data, init))
     return prepared
 
 
-def pool_folds(runs: Sequence[Workdir]) -> Predictions:
-    """Reads what each of several folds predicted of the crops that it tested, one after another."""
-    sets = [open_crop_set(run.crops) for run in runs]
-    parts = [
-        read_predictions(run.predictions("test"), crop_set.split("test"), crop_set.class_names)
-        for run, crop_set in zip(runs, sets, strict=True)
-    ]
-    numbers = [parse_fold(crop_set.settings.fold)[0] for crop_set in sets]
-    names = ("logits", "temperature", "unknown")
-    baselines = parts[0].baselines
-    return Predictions(
-        records=tuple(record for part in parts for record in part.records),
-        class_names=parts[0].class_names,
-        features=None,
-        baselines={n: np.concatenate([part.baselines[n] for part in parts]) for n in baselines},
-        folds=np.repeat(numbers, [len(part.records) for part in parts]),
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
-    )
-
-
 def _write(
     config: ConfigDict,
     keep_test: bool,
-    kinds: Mapping[str, Sequence[Fold]],
+    kinds: Mapping[str, list[Fold]],
     failures: Mapping[str, str],
     workdir: Workdir,
 ) -> None:
     """Writes tables, predictions and results.json to cross_validation/, and prints the table."""
     folder = workdir.cross_validation
     folder.mkdir(exist_ok=True)
-    everything: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     parts: list[str | Table] = []
     notes = [f"{name} failed and is left out: {text}" for name, text in failures.items()]
-    pooled: dict[str, Any] = {}
-    evidences: dict[str, Any] = {}
+    pooled: dict[str, dict[str, Any]] = {}
+    evidences: dict[str, dict[str, Any]] = {}
     for kind, prepared in kinds.items():
         runs = [run for _, run, *_ in prepared if run.results.exists()]
         if not runs:
@@ -159,64 +129,62 @@ def _write(
             records = tuple(dataclasses.replace(record, group=batch) for record, batch in pairs)
             tested, ending = dataclasses.replace(tested, records=records), "_across_batches"
         write_predictions(folder / f"predictions{ending}.csv", tested)
-        rows = []
-        for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):
-            groups = sorted(set(tested.groups[tested.folds == number].tolist()))
-            results = read_json(run.results)
-            epoch = results["best_step"] * results["num_epochs"] // results["num_steps"]
-            name = groups[0] if len(groups) == 1 else ""
-            rows.append(_row(kind, run.path.name, name, results["test"], epoch))
-        pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
         evidence = gather_evidence(tested, seed=config.seed, batches=batches)
         evidences[kind] = dataclasses.asdict(evidence)
-        rows.append(_row(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind], None))
+        pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
+        rows = []
+        for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):
+            groups = set(tested.groups[tested.folds == number].tolist())
+            results = read_json(run.results)
+            epoch = results["best_step"] * results["num_epochs"] // results["num_steps"]
+            tests = groups.pop() if len(groups) == 1 else ""
+            rows.append(_line(kind, run.path.name, tests, results["test"], epoch))
+        rows.append(_line(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind]))
+        lines += rows
         parts += [f"Cross-validation, {kind}; each fold tests what it was not trained on:"]
         parts += [(_HEADER, [_cells(row) for row in rows])]
-        everything += rows
         if note := pooled[kind]["interval_note"]:
             notes.append(f"Note on {kind}: {note}.")
         if evidence.unbeaten:
             notes.append(f"WARNING: {kind}: {evidence.unbeaten}.")
     if len(pooled) > 1:
-        figures = [f"{kind} {pooled[kind]['balanced_accuracy']:.3f}" for kind in pooled]
+        figures = [f"{kind} {found['balanced_accuracy']:.3f}" for kind, found in pooled.items()]
         parts.append(f"Balanced accuracy: {', '.join(figures)}.")
     parts += [*notes, _CAUTION, _NEXT[keep_test]]
-    write_csv(folder / "table.csv", list(everything[0]), [list(row.values()) for row in everything])
+    write_csv(folder / "table.csv", list(lines[0]), [list(line.values()) for line in lines])
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
-    found = {
+    everything = {
         "pooled": pooled,
         "evidence": evidences,
-        "folds": everything,
+        "folds": lines,
         "failures": failures,
         "keep_test": keep_test,
         "parts": parts,
         "config": config.to_dict(),
     }
-    write_json(folder / "results.json", found)
+    write_json(folder / "results.json", everything)
     print(as_text(parts))
 
 
-def _row(
-    kind: str, fold: str, tests: str, test: Mapping[str, Any], best_epoch: int | None
+def _line(
+    kind: str, fold: str, tests: str, test: Mapping[str, Any], best_epoch: int | None = None
 ) -> dict[str, Any]:
-    """A line of table.csv, from the figures of what was tested."""
-    row = {"folds": kind, "fold": fold, "tests": tests}
-    row |= {key: test[key] for key in ("num_crops", "num_fields")}
+    """A line of table.csv, from the figures of what was tested; without an epoch if pooled."""
+    line = {"folds": kind, "fold": fold, "tests": tests}
+    line |= {key: test[key] for key in ("num_crops", "num_fields")}
     for key in _KEYS:
-        row[key] = test[key]
-        row[f"{key}_low"], row[f"{key}_high"] = test["interval_95"][key]
-    return row | {"best_epoch": best_epoch}
+        line[key] = test[key]
+        line[f"{key}_low"], line[f"{key}_high"] = test["interval_95"][key]
+    return line | {"best_epoch": best_epoch}
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(line: Mapping[str, Any]) -> list[str]:
     """The same for a reader, with intervals of what is pooled; those of a fold rest on too few."""
+    name = ": ".join(filter(None, (line["fold"], line["tests"])))
+    counts = [str(line["num_crops"]), str(line["num_fields"])]
     figures = []
     for key in _KEYS:
-        low, high = row[f"{key}_low"], row[f"{key}_high"]
-        is_shown = row["best_epoch"] is None and low is not None
-        figures.append(f"{row[key]:.3f}" + (f" ({low:.3f}–{high:.3f})" if is_shown else ""))
-    name = ": ".join(filter(None, (row["fold"], row["tests"])))
-    others = ("num_crops", "num_fields"), ("best_epoch",)
-    counts, epoch = ([str(row[key] or "") for key in keys] for keys in others)
-    return [name, *counts, *figures, *epoch]
+        interval = None if line["best_epoch"] else (line[f"{key}_low"], line[f"{key}_high"])
+        figures.append(figure(line[key], interval or (None, None)))
+    return [name, *counts, *figures, str(line["best_epoch"] or "")]

@@ -1,11 +1,15 @@
 """The verb `report`: what a run, a comparison or a cross-validation found, on one page."""
 
+import dataclasses
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.config import default_config, flatten
+from jaxcells.config import changed_keys
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.audit import Audit
 from jaxcells.data.crop_set import open_crop_set
@@ -14,11 +18,10 @@ from jaxcells.evaluation.comparison_figures import draw_accuracy_against_time, d
 from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import SplitMetrics
-from jaxcells.evaluation.predictions import read_predictions
+from jaxcells.evaluation.predictions import Predictions, read_predictions
 from jaxcells.evaluation.report import Study, write_report
 from jaxcells.evaluation.results import RunResults
 from jaxcells.files import Workdir, from_record, read_json
-from jaxcells.text import natural
 from jaxcells.training.progress import read_metrics
 
 logger = logging.getLogger("jaxcells")
@@ -44,17 +47,15 @@ def _study_of_run(workdir: Workdir, **others: Any) -> Study:
     """Gathers what a run left; `others` is what to say otherwise or besides, see `Study`."""
     results = from_record(RunResults, read_json(workdir.results), workdir.results)
     config, crop_set = read_json(workdir.config), open_crop_set(workdir.crops)
-    records, names = crop_set.split("test"), crop_set.class_names
-    default, own = flatten(default_config()), flatten(ConfigDict(config))
     found: dict[str, Any] = {
         "kind": "run",
         "test": results.test,
         "evidence": results.evidence,
-        "predictions": read_predictions(workdir.predictions("test"), records, names),
+        "predictions": predictions_of(workdir, "test"),
         "images": open_arrays(crop_set, workdir.arrays)["test"].images,
         "audit": from_record(Audit, results.data["audit"], workdir.results),
         "curves": read_metrics(workdir.metrics),
-        "changes": {key: value for key, value in own.items() if value != default.get(key)},
+        "changes": changed_keys(ConfigDict(config)),
         **others,
     }
     seen = {key: found[key] for key in ("test", "evidence", "audit", "curves")}
@@ -84,20 +85,40 @@ def _study_of_comparison(workdir: Workdir) -> Study:
 def _study_of_folds(workdir: Workdir) -> Study:
     path = workdir.cross_validation / "results.json"
     found = read_json(path)
-    kind = next(iter(found["pooled"]))  # within batches, where there are folds across them too
-    pattern, ending = ("batch*", "_across_batches") if kind == "across batches" else ("fold*", "")
-    folders = sorted(workdir.folds.glob(pattern), key=lambda folder: natural(folder.name))
-    runs = [run for run in map(Workdir, folders) if run.results.exists()]
+    kind, test = next(iter(found["pooled"].items()))
+    rows = [row for row in found["folds"] if row["folds"] == kind and row["best_epoch"]]
+    runs = [Workdir(workdir.folds / row["fold"]) for row in rows]
     arrays = [open_arrays(open_crop_set(run.crops), run.arrays)["test"] for run in runs]
-    records = [record for part in arrays for record in part.records]
-    names = tuple(found["pooled"][kind]["per_class"])
     return _study_of_run(
         runs[0],
         kind="cross_validation",
-        test=from_record(SplitMetrics, found["pooled"][kind], path),
+        test=from_record(SplitMetrics, test, path),
         evidence=from_record(Evidence, found["evidence"][kind], path),
-        predictions=read_predictions(path.with_name(f"predictions{ending}.csv"), records, names),
+        predictions=pool_folds(runs),
         images=[image for part in arrays for image in part.images],
         curves=(),
         parts=found["parts"],
     )
+
+
+def predictions_of(run: Workdir, split: str) -> Predictions:
+    """Reads what a finished run predicted of one of its splits."""
+    crop_set = open_crop_set(run.crops)
+    return read_predictions(run.predictions(split), crop_set.split(split), crop_set.class_names)
+
+
+def pool_folds(runs: Sequence[Workdir]) -> Predictions:
+    """Reads what each of several folds predicted of the crops that it tested, one after another."""
+    parts = [predictions_of(run, "test") for run in runs]
+    numbers = [int(re.sub(r"\D", "", run.path.name)) for run in runs]
+    names = ("logits", "temperature", "unknown")
+    pooled: dict[str, Any] = {
+        "records": tuple(record for part in parts for record in part.records),
+        "baselines": {
+            n: np.concatenate([p.baselines[n] for p in parts]) for n in parts[0].baselines
+        },
+        "features": None,
+        "folds": np.repeat(numbers, [len(part.records) for part in parts]),
+    }
+    pooled |= {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return dataclasses.replace(parts[0], **pooled)

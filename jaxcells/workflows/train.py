@@ -33,7 +33,7 @@ from jaxcells.training.initialization import Initialization, check_no_leak, find
 from jaxcells.training.loop import train
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.recipe import Recipe
-from jaxcells.workflows.prepare import PreparedData, check_place, prepare_crops, prepare_data
+from jaxcells.workflows.prepare import PreparedData, prepare_crops, prepare_data
 from jaxcells.workflows.report import report
 
 logger = logging.getLogger("jaxcells")
@@ -52,9 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
       Error: anything a user can mend.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
-    check_place(config, workdir)
-    # Of several processes the first one keeps the workdir for all.
-    with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
+    with keep_workdir(workdir):
         check_config(config, workdir)
         if workdir.results.exists():
             before = read_json(workdir.config)["data"]
@@ -66,7 +64,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
             init = find_start(config, workdir)
             mesh.warn_of_cpu()
             data = prepare_together(config, workdir)
-            data.audit.raise_errors()
             progress = train_run(config, workdir, data, init)
             results = open_test_split(config, workdir, data, progress)
             logger.info("results, figures and predictions are in %s", workdir)
@@ -75,6 +72,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
                 report(workdir)
             print(results.summary())
         return results
+
+
+@contextlib.contextmanager
+def keep_workdir(workdir: Workdir) -> Iterator[None]:
+    """Of several processes the first one keeps the workdir for all, see `lock_workdir`."""
+    with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
+        yield
 
 
 def check_config(config: ConfigDict, workdir: Workdir) -> None:
@@ -126,10 +130,16 @@ def find_start(config: ConfigDict, workdir: Workdir) -> Initialization:
 
 
 def prepare_together(config: ConfigDict, workdir: Workdir) -> PreparedData:
-    """Lets one process write what all then read; the folder must be one that all see."""
+    """Lets one process write what all then read; the folder must be one that all see.
+
+    Raises:
+      Error: anything wrong with the images or settings, errors of the audit included.
+    """
     data = prepare_data(config, workdir) if mesh.is_primary() else None
     mesh.wait_for_all("data prepared")
-    return data or prepare_data(config, workdir)
+    data = data or prepare_data(config, workdir)
+    data.audit.raise_errors()
+    return data
 
 
 def make_recipe(config: ConfigDict) -> Recipe:

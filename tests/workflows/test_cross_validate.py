@@ -24,7 +24,8 @@ from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps
 from jaxcells.training.signals import Interrupted
 from jaxcells.workflows import train
-from jaxcells.workflows.cross_validate import cross_validate, pool_folds
+from jaxcells.workflows.cross_validate import cross_validate
+from jaxcells.workflows.report import pool_folds
 from tests.data.folders import textured, write_image
 
 STEPS = 6  # two epochs of 24 crops in batches of 8
@@ -220,14 +221,14 @@ def test_all_folds_are_checked_before_the_first_is_trained(arguments, tmp_path, 
     with pytest.raises(Error, match=r"'coarse' has 3 groups .* 5 are needed"):
         cross_validate(config, 5, keep_test, Workdir(tmp_path / "five"))
     # With the test split set aside, two are left of three: enough for two folds.
-    prepare = train.prepare_together
+    prepare = train.prepare_data
 
     def leaking(config, run):
         data = prepare(config, run)
         wrong = ("a leak",) if run.path.name == "fold2" else ()
         return dataclasses.replace(data, audit=dataclasses.replace(data.audit, errors=wrong))
 
-    monkeypatch.setattr(train, "prepare_together", leaking)
+    monkeypatch.setattr(train, "prepare_data", leaking)
     with pytest.raises(Error, match="the audit found 1 errors: a leak"):
         cross_validate(config, 2, True, Workdir(tmp_path / "two"))
     shutil.rmtree(tmp_path / "two")

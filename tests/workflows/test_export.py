@@ -16,7 +16,7 @@ from jaxcells.data.images import write_crop
 from jaxcells.data.normalization import Normalization
 from jaxcells.files import Error, Workdir, from_record
 from jaxcells.models import create_model
-from jaxcells.models.weights import load_metadata, load_pretrained, to_torch
+from jaxcells.models.weights import load_metadata, load_pretrained, load_safetensors, to_torch
 from jaxcells.training import checkpoints
 from jaxcells.training.progress import Progress
 from jaxcells.training.state import inference_state
@@ -58,7 +58,7 @@ def test_the_best_checkpoint_comes_back_bit_for_bit(tmp_path, name, caplog):
     with caplog.at_level(logging.INFO, "jaxcells"):
         path = export_weights(workdir)
     assert path == tmp_path / "weights.safetensors"
-    loaded, report = load_pretrained(path, make_variables(model, seed=2))
+    loaded, report = load_pretrained(load_safetensors(path), make_variables(model, seed=2))
     assert len(report.loaded) == len(load_file(path))
     assert_equal(loaded, variables)
     said = f"{name} of step 4 ({path.stat().st_size / 1e6:.1f} MB) is in {path}; init={path} "
@@ -75,7 +75,7 @@ def test_a_scanned_network_is_written_unit_by_unit(tmp_path):
     )
     # As the network without a scan has them, from which the same answer follows.
     single = create_model("preact34", num_classes=len(CLASSES), width=2, scan=False)
-    loaded, _ = load_pretrained(path, make_variables(single, seed=2))
+    loaded, _ = load_pretrained(load_safetensors(path), make_variables(single, seed=2))
     assert_equal(to_torch(loaded), tensors)
 
 
@@ -98,7 +98,7 @@ def test_other_checkpoints_and_other_files(tmp_path):
     for which, variables in ((4, best), (5, newest), ("latest", newest)):
         output = tmp_path / f"{which}.safetensors"
         assert export_weights(workdir, output, which) == output
-        assert_equal(load_pretrained(output, newest)[0], variables)
+        assert_equal(load_pretrained(load_safetensors(output), newest)[0], variables)
     assert not (workdir.path / "weights.safetensors").exists()
     with pytest.raises(Error, match=r"no checkpoint of step 7 in .*choose a step of 4, 5"):
         export_weights(workdir, tmp_path / "7.safetensors", 7)
