@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ from jaxcells.data.arrays import SplitArrays
 from jaxcells.data.crop_set import CropRecord, CropSet
 from jaxcells.data.fields import SPLITS
 from jaxcells.data.parallel import parallel_map
+from jaxcells.data.splits import find_groups
 from jaxcells.files import Error
 from jaxcells.text import digits, shortened, some, text_table
 
@@ -45,25 +45,7 @@ class Audit:
             raise Error(f"the audit found {len(self.errors)} errors: {'; '.join(self.errors)}")
 
 
-def batch_of(sources: Sequence[str], batch_by: str) -> list[str]:
-    """Returns the batch (plate, day, donor) of every image; "" for all where none is asked for.
-
-    Args:
-      sources: paths below the image folder, as in the manifest.
-      batch_by: regular expression, searched in them; its group 1 names the batch. Or empty.
-
-    Raises:
-      Error: it finds no group 1 in a path.
-    """
-    found = {s: match[1] for s in sources if (match := re.search(batch_by or "()", s))}
-    if missing := [s for s in sources if batch_by and not found.get(s)]:
-        raise Error(f"data.batch_by={batch_by!r} finds no group 1 in the path of {some(missing)}")
-    return [found[s] for s in sources]
-
-
-def audit_crops(
-    crop_set: CropSet, arrays: Mapping[str, SplitArrays], *, batch_by: str = ""
-) -> Audit:
+def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     """Looks for leaks between the splits, and for shortcuts between the classes.
 
     Batches and classes are confounded where a batch lacks a class, for a network may then learn the
@@ -73,10 +55,9 @@ def audit_crops(
     Args:
       crop_set: the crops with their manifest.
       arrays: their pixels.
-      batch_by: see `batch_of`.
 
     Raises:
-      Error: `batch_by` does not fit the paths.
+      Error: `batch_by` of the settings does not fit the paths.
     """
     records = crop_set.records
     counts = _counts(records, crop_set.class_names)
@@ -154,7 +135,8 @@ def audit_crops(
         )
     warnings += _shortcuts(crop_set.field_kinds)
     labels, groups, sources = zip(*((r.label, r.group, r.source) for r in records), strict=True)
-    warnings += _confounded("data.batch_by: batches", batch_of(sources, batch_by), labels)
+    batches = find_groups(sources, crop_set.settings.batch_by, "data.batch_by")
+    warnings += _confounded("data.batch_by: batches", batches, labels)
     if len(set(sources)) >= _FEW_FIELDS * len(set(groups)):
         warnings += _confounded(
             f"data.split_by={crop_set.settings.split_by}: groups", groups, labels

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import re
 import shutil
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,7 @@ from jaxcells.text import some
 logger = logging.getLogger("jaxcells")
 
 _AGAIN = "choose another workdir, or delete that folder to draw again"
-_COLUMNS = (
-    "crop",
-    "class",
-    "channel",
-    "source",
-    "group",
-    "y",
-    "x",
-    "foreground",
-    "split",
-    "sha256",
-)
+_HEADER = "crop,class,channel,source,group,y,x,foreground,split,sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +153,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         policy = "column group" if split_by == "group" else f"data.split_by={split_by}"
         notes.append(f"{policy}: {number}, such as {some(groups, 3)}")
     for note in notes:
-        # Outlines beside their images are seldom meant to be images.
-        level = logging.WARNING if "data.exclude" in note else logging.INFO
-        logger.log(level, "note: %s", note)
+        logger.info("note: %s", note)
     per_class = collections.Counter(field.label for field in used)
     listed = some([f"{label} {number}" for label, number in sorted(per_class.items())])
     logger.info("found %d images: %s", len(used), listed)
@@ -175,7 +163,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     records, hashes = _write_crops(partial, crops, size, settings.plane)
-    write_csv(partial / "manifest.csv", _COLUMNS, map(dataclasses.astuple, records))
+    write_csv(partial / "manifest.csv", _HEADER.split(","), map(dataclasses.astuple, records))
     description = {
         "class_names": sorted(per_class),
         "manifest_sha256": file_sha256(partial / "manifest.csv"),
@@ -259,17 +247,10 @@ def pixel_sha256(image: np.ndarray) -> str:
 
 
 def _read_manifest(path: Path) -> list[CropRecord]:
+    kinds = typing.get_type_hints(CropRecord).values()  # in the order of the columns
     with open(path, newline="", encoding="utf-8") as file:
-        return [
-            CropRecord(
-                label=row.pop("class"),
-                y=int(row.pop("y")),
-                x=int(row.pop("x")),
-                foreground=float(row.pop("foreground")),
-                **row,
-            )
-            for row in csv.DictReader(file)
-        ]
+        _, *rows = csv.reader(file)
+    return [CropRecord(*(k(cell) for k, cell in zip(kinds, r, strict=True))) for r in rows]
 
 
 def _write_crops(

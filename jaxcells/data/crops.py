@@ -13,7 +13,7 @@ from jaxcells.data.images import read_image
 from jaxcells.data.objects import Places
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
-from jaxcells.data.splits import allot, allot_folds, apportion, parse_fold
+from jaxcells.data.splits import allot, allot_folds, apportion, num_groups, parse_fold
 from jaxcells.files import Error
 
 
@@ -169,15 +169,14 @@ def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[st
     # Used whole, an image is a crop: to split crops is to split images.
     split_by = "field" if settings.split_by == "crop" else settings.split_by
     rest = [field for field in fields if not field.split]
-    split_of = allot(rest, counts, split_by=split_by, seed=settings.seed) if rest else {}
+    split_of = allot(rest, counts, split_by=split_by, seed=settings.seed)
     return came | {field.name: split_of[field.group] for field in rest}
 
 
 def _split_training_side(fields: Sequence[Field], settings: CropSettings) -> dict[str, str]:
     """Divides what a fold trains on: whole groups where there are several, else crops ("")."""
-    groups = {(field.label, field.group) for field in fields}
-    num_groups = collections.Counter(label for label, _ in groups)
-    several = [field for field in fields if num_groups[field.label] > 1]
+    number_of = num_groups(fields)
+    several = [field for field in fields if number_of[field.label] > 1]
     seed = f"{settings.seed} fold {settings.fold}"
     try:
         split_of = allot(several, settings.counts, split_by=settings.split_by, seed=seed)

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxcells.data.fields import Field
 from jaxcells.data.images import read_image
-from jaxcells.data.splits import with_groups
+from jaxcells.data.splits import find_groups
 from jaxcells.files import Error
 from jaxcells.text import counted, some
 
@@ -124,9 +124,10 @@ def _cure(fields: Sequence[Field], found: Sequence[Siblings]) -> str:
     starts = ("(.+?)", "^[^/]+/[^/]+/(.+?)", "([^/]+?)")  # the finest group first
     endings = ("", f"(?:[-_. ](?:{'|'.join(map(re.escape, words))}))?")
     tails = (r"\.\w+$", r"\.ome\.\w+$")
+    names = [field.name for field in fields]
     for pattern in map("".join, itertools.product(starts, endings, tails)):
         with contextlib.suppress(Error):  # an image that it does not match
-            group = {field.name: field.group for field in with_groups(fields, pattern)}
+            group = dict(zip(names, find_groups(names, pattern, ""), strict=True))
             if all(len({group[f.name] for f in siblings.values()}) == 1 for siblings in found):
                 break
     return (

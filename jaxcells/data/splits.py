@@ -39,14 +39,28 @@ def with_groups(fields: Sequence[Field], split_by: str, key: str = "data.split_b
     elif split_by == "channel":
         groups = [f"{field.label}/{field.channel}" for field in fields]
     else:
-        matches = map(compile_group_pattern(split_by, key).search, (field.name for field in fields))
-        groups = [match[1] or "" if match else "" for match in matches]
-    if "" in groups:
-        raise Error(
-            f"{fields[groups.index('')].path}: {key}={split_by!r} finds no group 1 in its "
-            "path below data.root; it must find one in that of every image"
-        )
+        groups = find_groups([field.name for field in fields], split_by, key)
     return [dataclasses.replace(f, group=group) for f, group in zip(fields, groups, strict=True)]
+
+
+def find_groups(sources: Sequence[str], pattern: str, key: str) -> list[str]:
+    """Returns the group of every image, or its batch (plate, day, donor); "" without a pattern.
+
+    Args:
+      sources: paths below the image folder, as in the manifest.
+      pattern: regular expression, searched in them; its group 1 names the group. Or empty.
+      key: of the config, named in errors.
+
+    Raises:
+      Error: it is not valid, has no group 1, or finds none in a path.
+    """
+    if not pattern:
+        return [""] * len(sources)
+    matches = map(compile_group_pattern(pattern, key).search, sources)
+    groups = [match[1] or "" if match else "" for match in matches]
+    if missing := [s for s, group in zip(sources, groups, strict=True) if not group]:
+        raise Error(f"{key}={pattern!r} finds no group 1 in the path of {some(missing)}")
+    return groups
 
 
 def compile_group_pattern(split_by: str, key: str = "data.split_by") -> re.Pattern[str]:
@@ -144,7 +158,8 @@ def allot_folds(
       Error: a class has too few groups or batches, or a group is in two batches.
     """
     units = with_groups(fields, batch_by, "data.batch_by") if of == "batch" else fields
-    (label, number), needed = _fewest_groups(units), int(of) if of not in ("0", "batch") else 2
+    number, label = _fewest_groups(units)
+    needed = 2 if of in ("0", "batch") else int(of)
     if number < needed:
         what = "batches" if of == "batch" else f"groups (data.split_by={split_by})"
         fewer = f", or use folds={number} or folds=0 (each left out once)" if number > 1 else ""
@@ -153,7 +168,7 @@ def allot_folds(
             f"{fewer}"
         )
     if of not in ("0", "batch"):
-        counts = {str(n): 1 for n in range(1, needed + 1)}
+        counts = dict.fromkeys(map(str, range(1, needed + 1)), 1)
         allotted = allot(fields, counts, split_by=split_by, seed=f"{seed} folds")
         return {group: int(fold) for group, fold in allotted.items()}
     names = sorted({unit.group for unit in units})
@@ -198,23 +213,21 @@ def _allot_jointly(
 
     numbers = apportion(len(groups), counts, 1, {})
     cuts = (_cut(groups, numbers, rng) for _ in range(_ATTEMPTS))
-    allotted = next(filter(reaches_every_split, cuts), None)
-    if allotted is None:
-        # The ratio leaves no way. Of any other numbers, the most for training are best; of folds,
-        # which are none of them for training, the most equal.
-        draws = (rng.choice(list(counts), len(groups)).tolist() for _ in range(_ATTEMPTS))
-        possible = [dict(zip(groups, splits, strict=True)) for splits in draws]
-        possible = [allotted for allotted in possible if reaches_every_split(allotted)]
+    if allotted := next(filter(reaches_every_split, cuts), None):
+        return allotted
+    # The ratio leaves no way. Of any other numbers, the most for training are best; of folds, which
+    # are none of them for training, the most equal.
+    draws = (rng.choice(list(counts), len(groups)).tolist() for _ in range(_ATTEMPTS))
+    others = (dict(zip(groups, splits, strict=True)) for splits in draws)
+    if possible := list(filter(reaches_every_split, others)):
         sizes = [collections.Counter(allotted.values()) for allotted in possible]
         ranks = [(size["train"], -max(size.values())) for size in sizes]
-        allotted = possible[ranks.index(max(ranks))] if possible else None
-    if allotted is None:
-        raise Error(
-            f"data.split_by={split_by!r}: found no way to give each of the classes {some(labels)} "
-            f"a group in every split, with {len(groups)} groups shared between them; use a finer "
-            "group or data.split_by=field"
-        )
-    return allotted
+        return possible[ranks.index(max(ranks))]
+    raise Error(
+        f"data.split_by={split_by!r}: found no way to give each of the classes {some(labels)} "
+        f"a group in every split, with {len(groups)} groups shared between them; use a finer "
+        "group or data.split_by=field"
+    )
 
 
 def _cut(
@@ -266,7 +279,7 @@ def _connected_fields(fields: Sequence[Field]) -> list[list[Field]]:
 
 
 def _check_enough_groups(fields: Sequence[Field], num_splits: int, split_by: str) -> None:
-    label, number = _fewest_groups(fields)
+    number, label = _fewest_groups(fields)
     if number < num_splits:
         unit = split_by if split_by in ("field", "channel") else "group"
         finer = "" if split_by == "field" else ", or use data.split_by=field"
@@ -279,8 +292,10 @@ def _check_enough_groups(fields: Sequence[Field], num_splits: int, split_by: str
         )
 
 
-def _fewest_groups(fields: Sequence[Field]) -> tuple[str, int]:
-    """Returns the class that has the fewest groups, and their number."""
-    groups = {(field.label, field.group) for field in fields}
-    numbers = collections.Counter(label for label, _ in sorted(groups))
-    return min(numbers.items(), key=lambda item: item[1])
+def num_groups(fields: Sequence[Field]) -> collections.Counter[str]:
+    """Returns how many groups each class has."""
+    return collections.Counter(label for label, _ in {(f.label, f.group) for f in fields})
+
+
+def _fewest_groups(fields: Sequence[Field]) -> tuple[int, str]:
+    return min((number, label) for label, number in num_groups(fields).items())

@@ -10,7 +10,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.preprocessing import normalize
 
-from jaxcells.evaluation.metrics import Array, Score, Split, weights_of
+from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Split, weights_of
+from jaxcells.evaluation.metrics import Score
 from jaxcells.evaluation.predictions import Predictions
 
 logger = logging.getLogger("jaxcells")
@@ -159,8 +160,7 @@ def reliability(predictions: Predictions, *, seed: int) -> Reliability:
       predictions: of crops that were neither trained nor calibrated on.
       seed: of the replicates, see `metrics.classification_metrics`.
     """
-    split = Split(predictions.labels, predictions.groups, predictions.class_names, seed=seed)
-    right = predictions.predicted == predictions.labels
+    split, right = predictions.split(seed), predictions.predicted == predictions.labels
     raw = _binned(predictions.probabilities.max(axis=1), right, split)
     calibrated = _binned(predictions.calibrated.max(axis=1), right, split)
     return Reliability(raw[0], calibrated[0], raw[1], calibrated[1])
@@ -181,7 +181,7 @@ def _binned(
     gaps = np.hstack([gap @ drawn / drawn.sum(axis=0) for drawn in weights_of(split)])
     error, *errors = np.abs(gaps).sum(axis=0).tolist()
     if not errors:
-        return tuple(bins), Score(error, (None, None))
+        return tuple(bins), Score(error, NO_INTERVAL)
     chance = np.quantile(np.abs(gaps[:, 1:] - gaps[:, :1]).sum(axis=0), _UPPER)
     high = np.quantile(errors, _UPPER) - 2 * (np.mean(errors) - error)
     return tuple(bins), Score(error, (max(0.0, float(error - chance)), max(error, float(high))))

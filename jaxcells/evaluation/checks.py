@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxcells.data.audit import Audit
-from jaxcells.evaluation.evidence import Evidence, shown
-from jaxcells.evaluation.metrics import Score, SplitMetrics
+from jaxcells.evaluation.evidence import Evidence
+from jaxcells.evaluation.metrics import SplitMetrics
 from jaxcells.text import counted
 
 Light = Literal["good", "look", "bad", "unmeasured"]
@@ -106,8 +106,7 @@ def _shortcuts(evidence: Evidence, audit: Audit, chance: float) -> tuple[Light, 
     look += [warning for warning in audit.warnings if "shortcut" in warning]
     clear = []  # measured, and none
     border = evidence.baselines["background"]
-    score = Score(border.balanced_accuracy, border.interval_95["balanced_accuracy"])
-    rows = [(border.description, score, chance, look)]
+    rows = [(border.description, border.score(), chance, look)]
     for subset in evidence.subsets["foreground"]:
         if subset.name == "empty":
             what = f"the network on {counted(subset.num_crops, 'crop')} without cells"
@@ -116,7 +115,7 @@ def _shortcuts(evidence: Evidence, audit: Audit, chance: float) -> tuple[Light, 
             rows.append((what, subset.balanced_accuracy, subset.chance, found))
     for what, score, guessing, found in rows:
         low, _ = score.interval_95
-        text = f"{what}: balanced accuracy {shown(score)}, guessing {guessing:.3f}"
+        text = f"{what}: balanced accuracy {score}, guessing {guessing:.3f}"
         if low is not None and low > guessing:
             found.append(f"{text}, so background, lamp or dish tell the classes apart")
         elif low is not None:
@@ -131,13 +130,12 @@ def _shortcuts(evidence: Evidence, audit: Audit, chance: float) -> tuple[Light, 
 
 def _baselines(evidence: Evidence) -> tuple[Light, str]:
     best = max(evidence.baselines.values(), key=lambda baseline: baseline.balanced_accuracy)
-    gain = best.difference
-    score = Score(gain.balanced_accuracy, gain.interval_95["balanced_accuracy"])
+    gain = best.difference.score()
     if evidence.unbeaten:
-        unknown = score.interval_95[0] is None and gain.balanced_accuracy > 0
+        unknown = gain.interval_95[0] is None and best.difference.balanced_accuracy > 0
         return "unmeasured" if unknown else "bad", evidence.unbeaten
-    reason = f"balanced accuracy is {shown(score)} above that of the best, {best.description}"
-    return "look" if gain.interval_note else "good", reason
+    reason = f"balanced accuracy is {gain} above that of the best, {best.description}"
+    return "look" if best.difference.interval_note else "good", reason
 
 
 def _calibration(evidence: Evidence) -> tuple[Light, str]:
@@ -146,7 +144,7 @@ def _calibration(evidence: Evidence) -> tuple[Light, str]:
     if error.value is None or low is None:
         return "unmeasured", "too few independent fields to measure it"
     light: Light = "bad" if low > _MISLEADING else "look" if error.value > _CALIBRATED else "good"
-    return light, f"calibrated probabilities are off by {shown(error)} on average"
+    return light, f"calibrated probabilities are off by {error} on average"
 
 
 def _convergence(curves: Sequence[Mapping[str, Any]], chance: float) -> tuple[Light, str]:

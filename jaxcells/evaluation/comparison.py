@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 
-from jaxcells.evaluation import metrics
-from jaxcells.evaluation.metrics import Interval, Split
+from jaxcells.evaluation import bootstrap
+from jaxcells.evaluation.bootstrap import Interval, Split
+from jaxcells.evaluation.metrics import Score
 
 RULE = (
     "Chosen is the fastest experiment whose validation balanced accuracy (mean over seeds) is "
@@ -41,6 +42,10 @@ class Estimate:
     interval_note: str | None
     accuracy_deviation: float | None = None
     balanced_accuracy_deviation: float | None = None
+
+    def score(self, key: str = "balanced_accuracy") -> Score:
+        """One of the two with its interval."""
+        return Score(getattr(self, key), self.interval_95[key])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +125,7 @@ def choose(
       seconds: {experiment: seconds of training}, with the same names.
     """
     estimates = {name: estimate(predicted, split) for name, predicted in predictions.items()}
-    score = {name: round(e.balanced_accuracy, metrics.DECIMALS) for name, e in estimates.items()}
+    score = {name: round(e.balanced_accuracy, bootstrap.DECIMALS) for name, e in estimates.items()}
     best = min(score, key=lambda name: (-score[name], seconds[name]))
     candidates = []
     for name, predicted in predictions.items():
@@ -137,9 +142,9 @@ def estimate(predictions: npt.ArrayLike, split: Split) -> Estimate:
     """Accuracies of an experiment on one split; of one seed those of `classification_metrics`."""
     hits, crops = _hits(predictions, split)
     mean = hits.sum(axis=0) / len(hits)
-    accuracy, balanced_accuracy = metrics.accuracies(mean, crops)
-    intervals, note = metrics.accuracy_intervals(mean, crops, split)
-    of_seeds = zip(*(metrics.accuracies(network, crops) for network in hits), strict=True)
+    accuracy, balanced_accuracy = bootstrap.accuracies(mean, crops)
+    intervals, note = bootstrap.accuracy_intervals(mean, crops, split)
+    of_seeds = zip(*(bootstrap.accuracies(network, crops) for network in hits), strict=True)
     deviation = [statistics.stdev(values) if len(values) > 1 else None for values in of_seeds]
     return Estimate(accuracy, balanced_accuracy, intervals, note, *deviation)
 
@@ -170,9 +175,9 @@ def paired_difference(
     # Whole numbers: a tie is a zero, not a rounding error.
     gain = len(hits_b) * hits_a.sum(axis=0) - len(hits_a) * hits_b.sum(axis=0)
     gain = gain / (len(hits_a) * len(hits_b))
-    intervals, note = metrics.bootstrap_intervals(gain, crops, split)
-    means = metrics.accuracies(gain, crops)
-    accuracy, balanced_accuracy = (round(mean, metrics.DECIMALS) + 0.0 for mean in means)
+    intervals, note = bootstrap.bootstrap_intervals(gain, crops, split)
+    means = bootstrap.accuracies(gain, crops)
+    accuracy, balanced_accuracy = (round(mean, bootstrap.DECIMALS) + 0.0 for mean in means)
     return Estimate(accuracy, balanced_accuracy, intervals, note)
 
 
@@ -209,5 +214,6 @@ def _hits(
     predictions: npt.ArrayLike, split: Split
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Crops of every unit and true class that each network has right [S, U, K], and all [U, K]."""
-    counts = [metrics.count_by_unit(row == split.labels, split) for row in np.asarray(predictions)]
+    right = np.asarray(predictions) == split.labels
+    counts = [bootstrap.count_by_unit(network, split) for network in right]
     return np.stack([hits for hits, _ in counts]), counts[0][1]

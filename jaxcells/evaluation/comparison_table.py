@@ -1,6 +1,7 @@
 """The table of a comparison: CSV for programs, Markdown for papers, text for the terminal."""
 
 import dataclasses
+import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import numpy.typing as npt
 
+from jaxcells.evaluation import prose
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, Comparison, Estimate, paired_difference
-from jaxcells.evaluation.metrics import Split
 from jaxcells.files import write_csv, write_whole
 from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 
@@ -27,6 +29,12 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "eval_images_per_second": ("evaluation\nimages/s", digits),
     "step_memory_bytes": ("step\nmemory", lambda value: f"{amount(value)}B"),
 }
+# Heads of the table of the choice, and of that of the test split.
+_CANDIDATES = ("experiment", "best less this,\nvalidation", "qualifies", "training\ntime")
+_COMPARISONS = (
+    *("experiment", "chosen less this,\ntest", "only chosen\nright", "only this\nright"),
+    "McNemar p,\nfirst seeds",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +96,11 @@ def write_table(
             "seeds": " ".join(map(str, row.seeds)),
             "training_images": row.training_images,
         }
-        for split in _SPLITS:
-            estimate = getattr(row, split)
-            for key in ("balanced_accuracy", "accuracy"):
-                low, high = estimate.interval_95[key]
-                line[f"{split}_{key}"] = getattr(estimate, key)
-                line[f"{split}_{key}_deviation"] = getattr(estimate, f"{key}_deviation")
-                line |= {f"{split}_{key}_low": low, f"{split}_{key}_high": high}
+        for split, key in itertools.product(_SPLITS, ("balanced_accuracy", "accuracy")):
+            estimate, name = getattr(row, split), f"{split}_{key}"
+            line[name] = getattr(estimate, key)
+            line[f"{name}_deviation"] = getattr(estimate, f"{key}_deviation")
+            line[f"{name}_low"], line[f"{name}_high"] = estimate.interval_95[key]
         lines.append(line | {key: getattr(row, key) for key in _COSTS})
     header = [*lines[0], "failure"]
     lines += [{"experiment": label, "failure": text} for label, text in failures.items()]
@@ -130,20 +136,34 @@ def paragraphs(
         accuracies.append([name, *map(_shown, estimates), *plain])
         shown = [show(getattr(row, key)) for key, (_, show) in _COSTS.items()]
         costs.append([name, str(len(row.seeds)), *shown])
+    by_name = {candidate.name: candidate for candidate in choice.candidates}
+    best, candidates = by_name[choice.best], []
+    for c in choice.candidates:
+        behind = "best" if c is best else _difference(c.behind)
+        qualifies, name = "yes" if c.qualifies else "no", _marked(c.name, c.name == choice.chosen)
+        candidates.append([name, behind, qualifies, duration(c.seconds)])
+    compared = []
+    for name, found in comparisons.items():
+        p_value = "<0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
+        counts = [str(found.only_chosen_right), str(found.only_other_right)]
+        compared.append([name, _difference(found.difference), *counts, p_value])
     header = [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
-    return [
-        "Accuracy: mean ± standard deviation over seeds where there are several; 95 % interval "
-        "over independent fields (groups), not over seeds.",
-        (["experiment", *header], accuracies),
-        *_interval_notes(rows),
-        "Cost: training time of one seed (its epochs by their median, compilation apart); "
-        "multiply-adds of one crop, forward; memory that a training step needs.",
-        (["experiment", "seeds", *(head for head, _ in _COSTS.values())], costs),
-        *notes,
-        *(f"{label} failed: {text}" for label, text in failures.items()),
-        *_describe_choice(choice),
-        *(_describe_comparisons(choice.chosen, comparisons) if comparisons else []),
-    ]
+    tables = {
+        "[accuracies]": (["experiment", *header], accuracies),
+        "[costs]": (["experiment", "seeds", *(head for head, _ in _COSTS.values())], costs),
+        "[candidates]": (_CANDIDATES, candidates),
+        "[comparisons]": (_COMPARISONS, compared),
+    }
+    return prose.paragraphs(
+        "comparison",
+        {"[notes]": notes, **{name: [table] for name, table in tables.items()}},
+        interval_notes=_interval_notes(rows),
+        failures=failures,
+        choice=choice,
+        chosen=by_name[choice.chosen],
+        best=best,
+        comparisons=comparisons,
+    )
 
 
 def learning_curve(
@@ -160,18 +180,11 @@ def learning_curve(
     fewer, most = rows[-2:]
     gain = paired_difference(predictions[most.name], predictions[fewer.name], split)
     low, high = gain.interval_95["balanced_accuracy"]
-    verdict = "that more images would help is not shown, nor that they would not"
-    if low is not None and low > 0:
-        verdict = "the last images helped, and more of the kind may help further"
-    elif high is not None and high < 0:
-        verdict = "the last images did harm; look at them, and at the curves of the training"
     cells = [[row.name, str(row.training_images), _shown(row.validation)] for row in rows]
-    return [
-        f"Learning curve of {name}, every point trained for as many steps:",
-        (("experiment", "training\nimages", "balanced accuracy,\nvalidation"), cells),
-        f"{most.training_images} training images instead of {fewer.training_images} change "
-        f"the validation balanced accuracy by {_difference(gain)}: {verdict}.",
-    ]
+    heads = ("experiment", "training\nimages", "balanced accuracy,\nvalidation")
+    points = {"[points]": [(heads, cells)]}
+    values = {"fewer": fewer, "most": most, "change": _difference(gain), "low": low, "high": high}
+    return prose.paragraphs("learning_curve", points, name=name, **values)
 
 
 def as_markdown(parts: Sequence[str | Table]) -> str:
@@ -187,52 +200,13 @@ def as_text(parts: Sequence[str | Table]) -> str:
     )
 
 
-def _interval_notes(rows: Sequence[Row]) -> list[str]:
+def _interval_notes(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Every note once, with the experiments that it is about."""
     about: dict[str, list[str]] = {}
-    for row in rows:
-        for split in _SPLITS:
-            if note := getattr(row, split).interval_note:
-                about.setdefault(f"{split}: {note}", []).append(row.name)
-    return [f"Note on {note} ({', '.join(names)})." for note, names in about.items()]
-
-
-def _describe_choice(choice: Choice) -> list[str | Table]:
-    by_name = {candidate.name: candidate for candidate in choice.candidates}
-    best, chosen = by_name[choice.best], by_name[choice.chosen]
-    cells = []
-    for c in choice.candidates:
-        behind = "best" if c is best else _difference(c.behind)
-        qualifies = "yes" if c.qualifies else "no"
-        cells.append([_marked(c.name, c is chosen), behind, qualifies, duration(c.seconds)])
-    outcome = f"Chosen (>): {chosen.name}, trained in {duration(chosen.seconds)}."
-    if best is not chosen:
-        outcome += (
-            f" Best on validation: {best.name}, {best.estimate.balanced_accuracy:.3f} against "
-            f"{chosen.estimate.balanced_accuracy:.3f}, trained in {duration(best.seconds)}."
-        )
-    header = ("experiment", "best less this,\nvalidation", "qualifies", "training\ntime")
-    found: list[str | Table] = [f"Rule: {choice.rule}", (header, cells), outcome]
-    if choice.tested_before_choice:
-        tested = ", ".join(choice.tested_before_choice)
-        found.append(f"Note: the test split had been opened for {tested} before this choice.")
-    return found
-
-
-def _describe_comparisons(chosen: str, comparisons: Mapping[str, Comparison]) -> list[str | Table]:
-    cells = []
-    for name, c in comparisons.items():
-        p_value = "<0.001" if c.p_value < 0.001 else f"{c.p_value:.3f}"
-        counts = [str(c.only_chosen_right), str(c.only_other_right)]
-        cells.append([name, _difference(c.difference), *counts, p_value])
-    caption = (
-        f"Test split, compared after the choice: balanced accuracy of {chosen} less that of each "
-        "other, with the paired 95 % interval over fields; McNemar's exact test of the first "
-        "seeds, which takes the crops of a field for independent and is not corrected for the "
-        "number of tests."
-    )
-    heads = ("chosen less this,\ntest", "only chosen\nright", "only this\nright")
-    return [caption, (("experiment", *heads, "McNemar p,\nfirst seeds"), cells)]
+    for row, split in itertools.product(rows, _SPLITS):
+        if note := getattr(row, split).interval_note:
+            about.setdefault(f"{split}: {note}", []).append(row.name)
+    return about
 
 
 def _marked(name: str, chosen: bool) -> str:
@@ -249,7 +223,5 @@ def _shown(estimate: Estimate) -> str:
 
 
 def _difference(estimate: Estimate) -> str:
-    """−0.010, or −0.010 (−0.020 to 0.000)."""
-    figures = [estimate.balanced_accuracy, *estimate.interval_95["balanced_accuracy"]]
-    shown = ["" if x is None else f"{x:z.3f}".replace("-", "−") for x in figures]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})" if shown[1] else shown[0]
+    """−0.010 (−0.020 to 0.000)."""
+    return str(estimate.score()).replace("-", "−")

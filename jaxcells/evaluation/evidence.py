@@ -8,9 +8,10 @@ import numpy.typing as npt
 from sklearn.metrics import silhouette_samples
 
 from jaxcells.evaluation.baseline import BASELINES
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.calibration import Reliability, reliability
 from jaxcells.evaluation.comparison import Estimate, estimate, paired_difference
-from jaxcells.evaluation.metrics import Score, Split, SplitMetrics, field_metrics
+from jaxcells.evaluation.metrics import Score, SplitMetrics, field_metrics
 from jaxcells.evaluation.predictions import Predictions
 
 # Foreground fractions (see `foreground`) up to which a crop counts as "empty", at most a sliver
@@ -145,7 +146,7 @@ def gather_evidence(
       seed: of the bootstrap, and of the crops that are looked at for clusters.
       batches: [N], the batch (plate, day) of every crop, where it is known.
     """
-    split = Split(tested.labels, tested.groups, tested.class_names, seed=seed)
+    split = tested.split(seed)
     pairs = {(r.group, r.label) for r in tested.records}
     return Evidence(
         fields=field_metrics(tested, seed=seed),
@@ -157,13 +158,6 @@ def gather_evidence(
         unknown_share=float((tested.unknown > 0).mean()),
         units={name: sum(label == name for _, label in pairs) for name in tested.class_names},
     )
-
-
-def shown(score: Score) -> str:
-    """A figure and its interval for people: 0.913 (0.850 to 0.951)."""
-    low, high = score.interval_95
-    number = "none" if score.value is None else f"{score.value:.3f}"
-    return f"{number} (no interval)" if low is None else f"{number} ({low:.3f} to {high:.3f})"
 
 
 def _subsets(
@@ -193,23 +187,17 @@ def _subset(
     units = groups if len(set(groups)) > 1 else tested.sources[rows]
     part = dataclasses.replace(split, labels=split.labels[rows], groups=units)
     found = estimate(tested.predicted[None, rows], part)
-    accuracy, balanced_accuracy = (
-        Score(getattr(found, key), interval) for key, interval in found.interval_95.items()
-    )
+    scores = found.score("accuracy"), found.score()
     counts, chance = (int(rows.sum()), len(set(units))), 1 / len(set(part.labels))
-    return Subset(str(name), *counts, accuracy, balanced_accuracy, chance, found.interval_note)
+    return Subset(str(name), *counts, *scores, chance, found.interval_note)
 
 
 def _baseline(name: str, tested: Predictions, split: Split) -> Baseline:
     classes = tested.baselines[name][None]
     difference = paired_difference(tested.predicted[None], classes, split)
     low, _ = difference.interval_95["balanced_accuracy"]
-    return Baseline(
-        **vars(estimate(classes, split)),
-        description=BASELINES[name],
-        difference=difference,
-        beaten=low is not None and low > 0,
-    )
+    beaten, own = low is not None and low > 0, vars(estimate(classes, split))
+    return Baseline(**own, description=BASELINES[name], difference=difference, beaten=beaten)
 
 
 def _clusters(tested: Predictions, seed: int) -> Clusters | None:

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxcells.evaluation import prose
 from jaxcells.evaluation.figures import COLORS, PAGE, save_figure
 from jaxcells.text import markdown_table
 
@@ -105,28 +106,22 @@ def describe_gradients(measured: Sequence[Measurement], *, setting: str) -> str:
       measured: see `plot_gradients`.
       setting: what a reader must know of the training, in words.
     """
-    about = (
-        "L2 norm of the gradient of the loss with respect to each layer's kernel, from image to "
-        "logits (projections on shortcuts left out), at random initialisation and after "
-        f"{max(m.step for m in measured)} steps of training, on the same batch. One run each; "
-        f"{setting}. Kernels of different stages differ in shape: a curve may jump where a stage "
-        "begins, and two networks are best compared at one layer."
-    )
-    plain = [m for m in measured if m.norms and m.network.startswith("plain")]
-    found = [f"{m.ends[2]:.3g} {_state(m)}" for m in plain]
-    claim = (
-        "He et al. (2016, Deep residual learning, section 4.1) report that plain networks with "
-        f"norms have healthy gradients. Here, the norm in the first stage of {plain[0].network} "
-        f"with norms, over that in its last, is {', and '.join(found)}."
-    )
     header = ("network", "norms", "state", "loss", "first stage", "last stage", "first / last")
     rows = []
     for m in sorted(measured, key=_panel):
         fate = "" if m.diverged is None else f", diverged at step {m.diverged}"
         numbers = [f"{value:.3g}" for value in (m.losses[-1], *m.ends)]
         rows.append([m.network, "with" if m.norms else "without", _state(m) + fate, *numbers])
-    table = markdown_table(header, rows, left=3)
-    return "\n\n".join([about, claim, table, "Stages are geometric means over their layers."])
+    plain = [m for m in measured if m.norms and m.network.startswith("plain")]
+    said = prose.paragraphs(
+        "gradients",
+        {"[table]": [markdown_table(header, rows, left=3)]},
+        steps=max(m.step for m in measured),
+        setting=setting,
+        plain=plain[0].network,
+        found=[f"{m.ends[2]:.3g} {_state(m)}" for m in plain],
+    )
+    return "\n\n".join(said)
 
 
 def _panel(m: Measurement) -> tuple[int, bool]:

@@ -1,61 +1,25 @@
-"""Figures of a split, with confidence intervals, from probabilities."""
+"""Figures of a split and of its classes, from probabilities."""
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 from sklearn.metrics import confusion_matrix
 
+from jaxcells.evaluation import bootstrap
+from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Interval, Ints, Split
 from jaxcells.evaluation.predictions import Predictions
-from jaxcells.text import shortened, some, text_table
+from jaxcells.text import shortened, text_table
 
 # A softmax in float32 underflows to 0 below this: one crop then costs at most 87.3 nats of loss.
 _SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
-# With fewer units than this in a class, no interval over units keeps its promise.
-_FEW_UNITS = 5
-_LEVEL = 0.95
-_ENDS = (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
-# Below any difference of two accuracies, above what rounding leaves of a sum that is zero.
-DECIMALS = 12
 _WIDTH = 80  # of the summary
-_KEYS = ("accuracy", "balanced_accuracy")
 _TOP = 5
 _CURVES = ("roc_auc", "average_precision")
 _SUMMARY = ("accuracy", "balanced_accuracy", "macro_f1", "matthews", "roc_auc")
-# Replicates are drawn and used in chunks of so many numbers: 16 MB each.
-_CHUNK = 2_000_000
-
-# (low, high), or (None, None) where a class has a single unit: nothing then tells how much units
-# of it differ.
-Interval = tuple[float | None, ...]
-_NONE: Interval = (None, None)
-
-Array = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Intervals = tuple[dict[str, Interval], str | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """The crops of a split, and how intervals of what is measured on them are drawn.
-
-    Attributes:
-      labels: int [N], the true classes as indices into `class_names`.
-      groups: [N], the independent unit of every crop, see `classification_metrics`.
-      class_names: the K names.
-      num_bootstrap: number of replicates.
-      seed: of the replicates.
-    """
-
-    labels: npt.NDArray[np.int64]
-    groups: npt.NDArray[Any]
-    class_names: Sequence[str]
-    num_bootstrap: int = 2000
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +33,12 @@ class Score:
 
     value: float | None
     interval_95: Interval
+
+    def __str__(self) -> str:
+        """For people: 0.913 (0.850 to 0.951)."""
+        low, high = self.interval_95
+        number = "none" if self.value is None else f"{self.value:z.3f}"
+        return f"{number} (no interval)" if low is None else f"{number} ({low:z.3f} to {high:z.3f})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +99,7 @@ class SplitMetrics:
     scores: Mapping[str, Score]
 
 
-def classification_metrics(
-    probabilities: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    *,
-    class_names: Sequence[str],
-    groups: Sequence[str] | npt.NDArray[Any] | None = None,
-    num_bootstrap: int = 2000,
-    seed: int = 0,
-) -> SplitMetrics:
+def classification_metrics(probabilities: npt.ArrayLike, split: Split) -> SplitMetrics:
     """Figures of one split and of its classes, with 95 % intervals.
 
     The intervals are percentile intervals of a bootstrap over independent units (Efron and
@@ -169,51 +131,40 @@ def classification_metrics(
 
     Args:
       probabilities: [N, K] float, rows that sum to 1.
-      labels: [N] int, the true classes as indices into `class_names`.
-      class_names: the K names, in the order of the columns.
-      groups: [N], the independent unit of every crop: its field, plate or patient. Fields of
-        different classes need different names. None: every crop is a unit of its own.
-      num_bootstrap: number of replicates.
-      seed: of the replicates.
+      split: labels, names and independent units of the crops.
 
     Raises:
       ValueError: NaN or rows that are no probabilities, of another number than there are labels.
     """
-    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
-    if not len(labels) or probabilities.shape != (len(labels), len(class_names)):
-        raise ValueError(f"{probabilities.shape} for {labels.shape} x {len(class_names)} classes")
+    probabilities, labels = np.asarray(probabilities, np.float64), split.labels
+    if not len(labels) or probabilities.shape != (len(labels), len(split.class_names)):
+        shape = probabilities.shape
+        raise ValueError(f"{shape} for {len(labels)} crops of {len(split.class_names)} classes")
     # bfloat16 logits leave sums off by a few thousandths; NaN fails every comparison.
     if not (np.abs(probabilities.sum(axis=1) - 1) < 1e-2).all() or probabilities.min() < 0:
         raise ValueError("rows that are no probabilities: NaN, negative, or a sum other than 1")
-    units = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    split = Split(labels, units, class_names, num_bootstrap, seed)
     predicted = probabilities.argmax(axis=1)
-    hits, crops = count_by_unit(predicted == labels, split)
-    accuracy, balanced_accuracy = accuracies(hits, crops)
-    intervals, note = accuracy_intervals(hits, crops, split)
+    hits, crops = bootstrap.count_by_unit(predicted == labels, split)
+    means = bootstrap.accuracies(hits, crops)
+    intervals, note = bootstrap.accuracy_intervals(hits, crops, split)
     likelihood = probabilities[np.arange(len(labels)), labels]
-    confusion = confusion_matrix(labels, predicted, labels=range(len(class_names)))
-    scores, of_classes = _scores(probabilities, predicted, split)
-    scores["accuracy"] = Score(accuracy, intervals["accuracy"])
-    scores["balanced_accuracy"] = Score(balanced_accuracy, intervals["balanced_accuracy"])
+    confusion = confusion_matrix(labels, predicted, labels=range(len(split.class_names)))
+    scores, per_class = _scores(probabilities, predicted, split)
+    for key, mean in zip(bootstrap.KEYS, means, strict=True):
+        scores[key] = Score(mean, intervals[key])
+    absent = tuple(name for name, row in per_class.items() if not row.support)
     # The same figures by other names, but where a class is absent.
     scores["weighted_recall"] = scores["accuracy"]
-    if (confusion.sum(axis=1) > 0).all():
+    if not absent:
         scores["macro_recall"] = scores["balanced_accuracy"]
-    per_class = {}
-    for name, support, row in zip(class_names, confusion.sum(axis=1), of_classes, strict=True):
-        values = {key: score.value for key, score in row.items()}
-        ends = {key: score.interval_95 for key, score in row.items()}
-        per_class[name] = ClassMetrics(support=int(support), interval_95=ends, **values)
     return SplitMetrics(
-        accuracy=accuracy,
-        balanced_accuracy=balanced_accuracy,
+        *means,
         loss=float(-np.log(np.maximum(likelihood, _SMALLEST_PROBABILITY)).mean()),
         per_class=per_class,
         confusion_matrix=tuple(map(tuple, confusion.tolist())),
         interval_95=intervals,
         interval_note=note,
-        absent_classes=tuple(name for name, row in per_class.items() if not row.support),
+        absent_classes=absent,
         num_crops=len(labels),
         num_fields=len(crops),
         scores=scores,
@@ -222,13 +173,7 @@ def classification_metrics(
 
 def split_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
     """`classification_metrics` of crops, with intervals over their independent fields (groups)."""
-    return classification_metrics(
-        predictions.probabilities,
-        predictions.labels,
-        class_names=predictions.class_names,
-        groups=predictions.groups,
-        seed=seed,
-    )
+    return classification_metrics(predictions.probabilities, predictions.split(seed))
 
 
 def field_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
@@ -243,13 +188,9 @@ def field_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
     _, first, field = np.unique(predictions.sources, return_index=True, return_inverse=True)
     sums = np.zeros((len(first), len(predictions.class_names)))
     np.add.at(sums, field, predictions.probabilities)
-    return classification_metrics(
-        sums / np.bincount(field)[:, None],
-        predictions.labels[first],
-        class_names=predictions.class_names,
-        groups=predictions.groups[first],
-        seed=seed,
-    )
+    crops = predictions.split(seed)
+    fields = dataclasses.replace(crops, labels=crops.labels[first], groups=crops.groups[first])
+    return classification_metrics(sums / np.bincount(field)[:, None], fields)
 
 
 def confusion_figures(confusion: Array) -> dict[str, Array]:
@@ -342,21 +283,27 @@ def _figures(
 
 def _scores(
     probabilities: Array, predicted: Ints, split: Split
-) -> tuple[dict[str, Score], list[dict[str, Score]]]:
+) -> tuple[dict[str, Score], dict[str, ClassMetrics]]:
     """Figures of the split, and of every class, with their intervals."""
-    parts = [_figures(probabilities, predicted, split, drawn) for drawn in weights_of(split)]
+    drawn = bootstrap.weights_of(split)
+    parts = [_figures(probabilities, predicted, split, weights) for weights in drawn]
     figures = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    rows = []
-    for k in range(len(split.class_names)):
+    per_class = {}
+    for k, name in enumerate(split.class_names):
         true, called = split.labels == k, predicted == k
         rests_on = {"precision": called, "recall": true, "specificity": ~true}
         trials = {key: len(np.unique(split.groups[crops])) for key, crops in rests_on.items()}
         of_class = {key: values[:, k] for key, values in figures.items() if values.ndim == 2}
-        rows.append({key: _score(values, trials.get(key)) for key, values in of_class.items()})
+        row = {key: _score(values, trials.get(key)) for key, values in of_class.items()}
+        per_class[name] = ClassMetrics(
+            **{key: score.value for key, score in row.items()},
+            support=int(true.sum()),
+            interval_95={key: score.interval_95 for key, score in row.items()},
+        )
     whole = {key: _score(values) for key, values in figures.items() if values.ndim == 1}
     for key in _CURVES:
         whole[key] = whole.pop(f"macro_{key}")
-    return whole, rows
+    return whole, per_class
 
 
 def _score(values: Array, trials: int | None = None) -> Score:
@@ -368,18 +315,13 @@ def _score(values: Array, trials: int | None = None) -> Score:
     """
     value, replicates = float(values[0]), values[1:][~np.isnan(values[1:])]
     if np.isnan(value):
-        return Score(None, _NONE)
+        return Score(None, NO_INTERVAL)
     if len(replicates) and trials and value in (0, 1):
-        bound = _bound_without_error(trials)
+        bound = bootstrap.bound_without_error(trials)
         return Score(value, (bound, 1.0) if value else (0.0, 1 - bound))
-    if not len(replicates) or np.ptp(replicates) < 10.0**-DECIMALS:
-        return Score(value, _NONE)
-    return Score(value, tuple((np.quantile(replicates, _ENDS).round(DECIMALS) + 0.0).tolist()))
-
-
-def _bound_without_error(trials: int) -> float:
-    """Lower end of the exact 95 % interval of a share, where no trial failed."""
-    return float(((1 - _LEVEL) / 2) ** (1 / trials))
+    if not len(replicates) or np.ptp(replicates) < 10.0**-bootstrap.DECIMALS:
+        return Score(value, NO_INTERVAL)
+    return Score(value, bootstrap.percentile_interval(replicates))
 
 
 def summary_table(metrics: SplitMetrics, title: str) -> str:
@@ -400,146 +342,7 @@ def summary_table(metrics: SplitMetrics, title: str) -> str:
             interval = "none" if low is None else f"{low:.3f} to {high:.3f}"
             lines.append(f"{key.replace('_', ' ')} {value:.3f}, 95 % interval {interval}")
     lines.append(f"loss {metrics.loss:.3f}")
-    notes = [metrics.interval_note] if metrics.interval_note else []
-    if metrics.absent_classes:
-        notes.append(f"not in this split: {', '.join(metrics.absent_classes)}")
-    return "\n".join(lines + [textwrap.fill(f"note: {note}", _WIDTH) for note in notes])
-
-
-def accuracies(hits: npt.NDArray[Any], crops: npt.NDArray[Any]) -> tuple[float, float]:
-    """Accuracy and balanced accuracy from hits and crops of every unit and class [U, K]."""
-    hits, crops = hits.sum(axis=0), crops.sum(axis=0)
-    recalls = hits[crops > 0] / crops[crops > 0]
-    return float(hits.sum() / crops.sum()), float(recalls.mean())
-
-
-def count_by_unit(right: npt.NDArray[np.bool_], split: Split) -> tuple[Ints, Ints]:
-    """Crops classified rightly [U, K] and crops [U, K] of every unit, by true class.
-
-    This is all of a unit's confusion matrix that accuracy and balanced accuracy depend on.
-
-    Args:
-      right: bool [N], whether each crop is classified rightly.
-      split: its crops.
-    """
-    names, index = np.unique(split.groups, return_inverse=True)
-    hits, crops = np.zeros((2, len(names), len(split.class_names)), np.int64)
-    np.add.at(hits, (index, split.labels), right)
-    np.add.at(crops, (index, split.labels), 1)
-    return hits, crops
-
-
-def accuracy_intervals(hits: npt.NDArray[Any], crops: Ints, split: Split) -> Intervals:
-    """`interval_95` and `interval_note` of `classification_metrics`.
-
-    Args:
-      hits: [U, K], crops of every unit that are classified rightly, by true class; the mean over
-        several networks if it is not whole.
-      crops: [U, K], crops of every unit.
-      split: names of the classes, number and seed of the replicates.
-    """
-    units_of = (crops > 0).sum(axis=0)
-    fewest = int(units_of[units_of > 0].min())
-    if fewest == 1 or (hits != crops).any():
-        return bootstrap_intervals(hits, crops, split)
-    num_units = fewest * len(np.unique(_strata(crops)))
-    lower = _bound_without_error(num_units)
-    exact = (
-        f"nothing is called wrongly: the lower bounds are the exact binomial ones of {num_units} "
-        "independent fields (groups) without an error"
-    )
-    notes = [*_notes_on_few_units(units_of, split.class_names), exact]
-    return dict.fromkeys(_KEYS, (lower, 1.0)), "; ".join(notes)
-
-
-def bootstrap_intervals(values: npt.NDArray[Any], crops: Ints, split: Split) -> Intervals:
-    """Percentile intervals of a mean over crops and of its mean over classes, and a note.
-
-    Args:
-      values: [U, K], the sum over a unit's crops of each class of what is averaged: hits for an
-        accuracy; hits of one network less those of another for a paired difference.
-      crops: [U, K], crops of every unit.
-      split: names of the classes, number and seed of the replicates.
-
-    Returns:
-      Of accuracy and balanced_accuracy (low, high), (None, None) where a class has a single unit;
-      and None or why the intervals deserve less trust than usual.
-    """
-    units_of = (crops > 0).sum(axis=0)
-    notes = _notes_on_few_units(units_of, split.class_names)
-    if 1 in units_of:
-        return dict.fromkeys(_KEYS, (None, None)), "; ".join(notes)
-    weights, values, crops = _replicates(values, crops, split.num_bootstrap, split.seed)
-    present = units_of > 0
-    totals, counts = weights @ values[:, present], weights @ crops[:, present]
-    whole = np.all(counts > 0, axis=1)
-    if not whole.all():
-        notes.append(
-            f"{(~whole).sum()} of {split.num_bootstrap} bootstrap replicates lacked a class and "
-            "are left out of the interval of balanced accuracy"
-        )
-    means = totals.sum(axis=1) / counts.sum(axis=1), (totals[whole] / counts[whole]).mean(axis=1)
-    quantiles = [np.quantile(mean, _ENDS).round(DECIMALS) + 0.0 for mean in means]
-    intervals = [tuple(pair.tolist()) for pair in quantiles]
-    return dict(zip(_KEYS, intervals, strict=True)), "; ".join(notes) or None
-
-
-def _replicates(
-    values: npt.NDArray[Any], crops: Ints, num_bootstrap: int, seed: int
-) -> tuple[Array, npt.NDArray[Any], Ints]:
-    """How much each kind of unit counts in each replicate [R, M]; values, crops of a kind [M, K].
-
-    A kind is a distinct row of values and crops: drawing kinds by their frequency is drawing units,
-    and M stays small when every crop is a unit. In each stratum n - 1 of n units are drawn;
-    n / (n - 1) gives the stratum its size back.
-    """
-    rows, repeats = np.unique(np.hstack([values, crops]), axis=0, return_counts=True)
-    values, crops = np.hsplit(rows, 2)
-    weights = _draw(_strata(crops), repeats, num_bootstrap, np.random.default_rng(seed))
-    return weights, values, crops
-
-
-def weights_of(split: Split) -> Iterator[Array]:
-    """Yields weights of crops: [N, 1] ones, then [N, R] in some replicates at a time.
-
-    Units are drawn as for `classification_metrics`; no replicate comes where a class has one unit.
-    """
-    yield np.ones((len(split.labels), 1))
-    unit = np.unique(split.groups, return_inverse=True)[1]
-    _, crops = count_by_unit(np.zeros(len(unit), bool), split)
-    if 1 in (crops > 0).sum(axis=0):
-        return
-    rng, strata, repeats = np.random.default_rng(split.seed), _strata(crops), np.ones(len(crops))
-    step = max(1, _CHUNK // max(len(unit), len(split.class_names) ** 2))
-    for start in range(0, split.num_bootstrap, step):
-        number = min(step, split.num_bootstrap - start)
-        yield np.ascontiguousarray(_draw(strata, repeats, number, rng).T)[unit]
-
-
-def _draw(strata: Ints, repeats: npt.NDArray[Any], number: int, rng: np.random.Generator) -> Array:
-    """Weights of kinds of units in some replicates [R, M], see `_replicates`."""
-    weights = np.empty((number, len(strata)))
-    for stratum in np.unique(strata):
-        members = strata == stratum
-        n = int(repeats[members].sum())
-        draws = rng.multinomial(n - 1, repeats[members] / n, size=number)
-        weights[:, members] = draws * (n / (n - 1))
-    return weights
-
-
-def _strata(crops: Ints) -> Ints:
-    """The stratum [U] of every unit: its class, or 0 for all if any unit has several classes."""
-    if ((crops > 0).sum(axis=1) > 1).any():
-        return np.zeros(len(crops), np.int64)
-    return crops.argmax(axis=1)
-
-
-def _notes_on_few_units(units_of: Ints, class_names: Sequence[str]) -> list[str]:
-    """A note if there are classes that have units, but fewer than `_FEW_UNITS`."""
-    counts = zip(units_of.tolist(), class_names, strict=True)
-    few = sorted((n, name) for n, name in counts if 0 < n < _FEW_UNITS)
-    if not few:
-        return []
-    shown = some([f"{n} of {name!r}" for n, name in few])
-    trust = "no interval can be given" if few[0][0] == 1 else "the intervals cannot be trusted"
-    return [f"too few independent fields (groups) in this split ({shown}): {trust}"]
+    absent = f"not in this split: {', '.join(metrics.absent_classes)}"
+    notes = [metrics.interval_note, absent if metrics.absent_classes else None]
+    lines += [textwrap.fill(f"note: {note}", _WIDTH) for note in notes if note]
+    return "\n".join(lines)

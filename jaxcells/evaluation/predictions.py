@@ -12,6 +12,7 @@ import numpy.typing as npt
 from scipy.special import softmax
 
 from jaxcells.data.crop_set import CropRecord
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.files import Error, write_csv
 
 _ARRAYS = ("logits", "temperature", "unknown", "features", "folds")
@@ -72,6 +73,10 @@ class Predictions:
     def sources(self) -> npt.NDArray[np.str_]:
         """The image of every crop, [N]."""
         return np.array([record.source for record in self.records])
+
+    def split(self, seed: int) -> Split:
+        """What figures and their intervals are computed from; `seed` is of the bootstrap."""
+        return Split(self.labels, self.groups, self.class_names, seed=seed)
 
     def rows(self) -> tuple[list[str], list[list[object]]]:
         """Header and rows of predictions_<split>.csv, one for each crop."""

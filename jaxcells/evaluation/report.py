@@ -24,11 +24,12 @@ from jaxcells.data.audit import Audit
 from jaxcells.data.crop_set import CropSet
 from jaxcells.data.images import read_image
 from jaxcells.evaluation import report_figures
+from jaxcells.evaluation.bootstrap import Interval
 from jaxcells.evaluation.checks import Check
 from jaxcells.evaluation.comparison_table import Table
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.figures import displayed, draw_curves
-from jaxcells.evaluation.metrics import Interval, Score, SplitMetrics
+from jaxcells.evaluation.metrics import Score, SplitMetrics
 from jaxcells.evaluation.predictions import Predictions
 from jaxcells.evaluation.results import RunResults
 from jaxcells.files import Error, write_whole
@@ -148,7 +149,7 @@ def _figures(study: Study) -> dict[str, Figure]:
         for name, row in study.test.per_class.items()
     }
     drawn = {
-        "classes": report_figures.draw_intervals(classes, _CLASS_FIGURES),
+        "classes": report_figures.draw_intervals(classes, ["recall", "precision", "F1"]),
         "roc": report_figures.draw_against_rest(predictions, "roc"),
         "precision_recall": report_figures.draw_against_rest(predictions, "precision_recall"),
         "reliability": report_figures.draw_reliability(evidence.reliability),

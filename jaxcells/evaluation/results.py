@@ -1,15 +1,14 @@
 """The results of a run: what results.json holds, by `dataclasses.asdict`."""
 
 import dataclasses
-import functools
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from jaxcells.evaluation import prose
 from jaxcells.evaluation.calibration import Calibration
-from jaxcells.evaluation.evidence import Evidence, shown
+from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import SplitMetrics, summary_table
-from jaxcells.text import counted, duration
 
 _WIDTH = 80
 
@@ -50,7 +49,8 @@ class RunResults:
       test: figures of the test split.
       test_opened: how often the test split of this workdir had been opened then.
       evidence: what stands beside the figures of the test split.
-      calibration: how to read the network's outputs, by the validation split.
+      calibration: how to read the network's outputs, by the validation split; the bank of features
+        that belongs to it stands in calibration.json alone.
       init: where the first parameters came from, see `initialization.initialize`.
       data: the images, crops and split, and what the audit found.
       timing: seconds.
@@ -79,25 +79,9 @@ class RunResults:
 
     def summary(self) -> str:
         """Returns the table and the lines that the terminal shows at the end of a run."""
-        timing, evidence, fields = self.timing, self.evidence, self.evidence.fields
-        baselines = [f"{name} {b.balanced_accuracy:.3f}" for name, b in evidence.baselines.items()]
-        raw, calibrated = evidence.reliability.ece, evidence.reliability.ece_calibrated
         audited = self.data["audit"]["warnings"]
         warnings = [text for text in audited if "=crop:" in text or "confounded" in text]
         warnings += [self.init["warning"]] if "warning" in self.init else []
-        lines = [
-            f"{fields.num_crops} whole fields, by the mean over their crops: accuracy "
-            f"{shown(fields.scores['accuracy'])}",
-            f"baselines, balanced accuracy: {', '.join(baselines)}",
-            f"calibration error {shown(calibrated)}, before calibration {shown(raw)}",
-            f"validation accuracy {self.validation.accuracy:.3f}",
-            f"trained {counted(self.num_epochs, 'epoch')} in {duration(timing.train_s)} at "
-            f"{timing.train_images_per_second:.1f} images/s; everything took "
-            f"{duration(timing.total_s)}",
-            *(f"WARNING: {warning}" for warning in warnings),
-        ]
-        # A baseline that is not beaten is said before anything else.
-        first = [f"WARNING: {evidence.unbeaten}"] if evidence.unbeaten else []
         table = summary_table(self.test, f"test split, best checkpoint (step {self.best_step})")
-        fill = functools.partial(textwrap.fill, width=_WIDTH)
-        return "\n".join([*map(fill, first), table, *map(fill, lines)])
+        lines = prose.paragraphs("summary", warnings=warnings, **vars(self))
+        return "\n".join(table if x == "[table]" else textwrap.fill(x, _WIDTH) for x in lines)

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from jaxcells.config import Experiment, data_seed, differences
 from jaxcells.data.arrays import with_fraction
 from jaxcells.evaluation import comparison_figures, comparison_table, predict
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
 from jaxcells.evaluation.comparison_table import Row, Table
-from jaxcells.evaluation.metrics import Split
 from jaxcells.files import Error, Workdir, from_record, logger, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals

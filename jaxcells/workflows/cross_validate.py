@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcells.data.audit import batch_of
+from jaxcells.data.splits import find_groups
 from jaxcells.evaluation.comparison_table import Table, as_markdown, as_text
 from jaxcells.evaluation.evidence import gather_evidence
 from jaxcells.evaluation.metrics import split_metrics
@@ -116,7 +116,7 @@ def _write(
         if not runs:
             continue
         tested, ending = pool_folds(runs), ""
-        batches = batch_of(tested.sources.tolist(), config.data.batch_by)
+        batches = find_groups(tested.sources.tolist(), config.data.batch_by, "data.batch_by")
         if kind == "across batches":
             pairs = zip(tested.records, batches, strict=True)
             records = tuple(dataclasses.replace(record, group=batch) for record, batch in pairs)

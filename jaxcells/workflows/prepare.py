@@ -80,7 +80,7 @@ def prepare_data(config: ConfigDict, workdir: Workdir) -> PreparedData:
     start = time.monotonic()
     crop_set = prepare_crops(config, workdir)
     arrays = open_arrays(crop_set, workdir.arrays)
-    audit = audit_crops(crop_set, arrays, batch_by=config.data.batch_by)
+    audit = audit_crops(crop_set, arrays)
     logger.info("%s", describe_audit(audit, crop_set.class_names))
     return PreparedData(crop_set, arrays, audit, time.monotonic() - start)
 

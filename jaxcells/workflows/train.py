@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import data_seed, data_source, differences, parse_multipliers
 from jaxcells.data.arrays import with_fraction
-from jaxcells.data.audit import batch_of
+from jaxcells.data.splits import find_groups
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import baseline_predictions
-from jaxcells.evaluation.evidence import gather_evidence, shown
+from jaxcells.evaluation.evidence import gather_evidence
 from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
@@ -215,14 +215,15 @@ def open_test_split(
     validation, tested = map(calibration.apply, (validation, tested))
     baselines = baseline_predictions(train.images, train.labels, arrays["test"].images)
     tested = dataclasses.replace(tested, baselines=baselines)
-    batches = batch_of(tested.sources.tolist(), config.data.batch_by)
+    batches = find_groups(tested.sources.tolist(), config.data.batch_by, "data.batch_by")
     test_metrics = split_metrics(tested, seed=meta.seed)
     results = RunResults(
         validation=split_metrics(validation, seed=meta.seed),
         test=test_metrics,
         test_opened=opened,
         evidence=gather_evidence(tested, seed=meta.seed, batches=batches),
-        calibration=calibration,
+        # The bank is large, and stands in calibration.json.
+        calibration=dataclasses.replace(calibration, unknown_bank=""),
         init=meta.init,
         data=_describe_data(config, data, meta),
         timing=Timing(
@@ -254,7 +255,7 @@ def open_test_split(
             brightness=brightness,
         )
         number, fields = test_metrics.num_crops, test_metrics.num_fields
-        footer = [f"accuracy {shown(test_metrics.scores['accuracy'])}"]
+        footer = [f"accuracy {test_metrics.scores['accuracy']}"]
         footer += [test_metrics.interval_note] if test_metrics.interval_note else []
         if shared := data.audit.shared_pixels["test"]:
             footer.append(f"training shows {shared:.1%} of these pixels")

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from jaxcells import Error
-from jaxcells.data.splits import allot, allot_folds, apportion, parse_fold, with_groups
+from jaxcells.data.splits import (
+    allot,
+    allot_folds,
+    apportion,
+    find_groups,
+    parse_fold,
+    with_groups,
+)
 from tests.data.folders import make_fields
 
 COUNTS = {"train": 754, "val": 100, "test": 100}
@@ -48,6 +55,12 @@ def test_apportion_goes_by_the_sum_over_strata():
     first = apportion(4, equal, 1, {})
     assert list(first.values()) == [1, 1, 2]
     assert list(apportion(2, equal, 0, first).values()) == [1, 1, 0]
+
+
+def test_groups_are_found_in_paths():
+    sources = ["A/day1/f.png", "B/day2/g.png"]
+    assert find_groups(sources, r"day(\d)", "data.batch_by") == ["1", "2"]
+    assert find_groups(sources, "", "data.batch_by") == ["", ""]
 
 
 def test_fields_are_allotted_in_the_ratio_of_the_counts():
@@ -118,7 +131,7 @@ def test_groups_that_cannot_reach_every_split_are_an_error():
         ({"A": 10, "B": 10}, "(plate)", r"split_by=\(plate\): class 'A' has 1 group and needs"),
         ({"A": 2}, "plate", "no group in parentheses"),
         ({"A": 2}, "plate(", r"none of field, channel, crop or a regular .*\(missing \)"),
-        ({"A": 2}, r"well(\d)", r"A/plate0_0\.png: data\.split_by='well.*' finds no group 1"),
+        ({"A": 2}, r"well(\d)", r"split_by='well.*' finds no .* path of A/plate0_0\.png, A/plate"),
     ],
 )
 def test_what_cannot_be_split_is_named_with_what_would_work(layout, split_by, text):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import (
     RULE,
     Choice,
@@ -14,7 +15,7 @@ from jaxcells.evaluation.comparison import (
     mcnemar,
     paired_difference,
 )
-from jaxcells.evaluation.metrics import Split, classification_metrics
+from jaxcells.evaluation.metrics import classification_metrics
 from jaxcells.files import from_record
 
 
@@ -74,9 +75,7 @@ def test_figures_of_one_seed_are_those_of_the_metrics(num_wrong):
     split = split_of(num_classes=3, num_fields=4, seed=3)
     predictions = wrong_at(split, np.random.default_rng(0).permutation(120)[:num_wrong])
     found = estimate(predictions, split)
-    metrics = classification_metrics(
-        np.eye(3)[predictions[0]], split.labels, class_names="ABC", groups=split.groups, seed=3
-    )
+    metrics = classification_metrics(np.eye(3)[predictions[0]], split)
     for key in ("accuracy", "balanced_accuracy", "interval_95", "interval_note"):
         assert getattr(found, key) == getattr(metrics, key)
     assert "4 of 'A'" in found.interval_note

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import (
     RULE,
     Candidate,
@@ -19,7 +20,6 @@ from jaxcells.evaluation.comparison_table import (
     paragraphs,
     write_table,
 )
-from jaxcells.evaluation.metrics import Split
 
 
 def figures(mean, low, high, *, accuracy=0.9, deviation=None, note=None):
@@ -130,7 +130,7 @@ def test_rule_choice_and_comparison_on_the_test_split():
     ) in found
     # Less than half of the last digit is no minus zero.
     assert in_comparison == ["−0.020 (−0.050 to 0.000)", "3", "17", "0.003"]
-    assert cells(found, "resnet18")[1] == ["0.100", "40", "5", r"\<0.001"]
+    assert cells(found, "resnet18")[1] == ["0.100 (no interval)", "40", "5", r"\<0.001"]
     parts = (
         "1.25 GB",
         "out of memory",

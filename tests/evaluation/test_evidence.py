@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, silhouette_score
 
 from jaxcells.data.crop_set import CropRecord
-from jaxcells.evaluation.evidence import Evidence, gather_evidence, shown
+from jaxcells.evaluation.evidence import Evidence, gather_evidence
 from jaxcells.evaluation.metrics import Score
 from jaxcells.evaluation.predictions import Predictions
 from jaxcells.files import from_record
@@ -252,6 +252,6 @@ def test_it_takes_less_than_a_second():
 
 
 def test_figures_are_shown_with_their_interval():
-    assert shown(Score(0.9128, (0.85, 0.9514))) == "0.913 (0.850 to 0.951)"
-    assert shown(Score(1.0, (None, None))) == "1.000 (no interval)"
-    assert shown(Score(None, (None, None))) == "none (no interval)"
+    assert str(Score(0.9128, (0.85, 0.9514))) == "0.913 (0.850 to 0.951)"
+    assert str(Score(1.0, (None, None))) == "1.000 (no interval)"
+    assert str(Score(None, (None, None))) == "none (no interval)"

@@ -9,10 +9,10 @@ import sklearn.metrics as peer
 from scipy.special import softmax
 
 from jaxcells.data.crop_set import CropRecord
-from jaxcells.evaluation import metrics as metrics_module
+from jaxcells.evaluation import bootstrap, metrics
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.metrics import (
     Score,
-    Split,
     SplitMetrics,
     classification_metrics,
     field_metrics,
@@ -31,6 +31,13 @@ def one_hot(predictions, num_classes, confidence=1.0):
     return rest + (confidence - rest) * np.eye(num_classes)[np.asarray(predictions)]
 
 
+def metrics_of(probabilities, labels, class_names, groups=None, **drawn):
+    """Figures of crops, each of which is a unit of its own where `groups` does not say more."""
+    units = np.arange(len(labels)) if groups is None else np.asarray(groups)
+    split = Split(np.asarray(labels), units, class_names, **drawn)
+    return classification_metrics(probabilities, split)
+
+
 def ratios(row):
     return row.precision, row.recall, row.f1, row.specificity, row.support
 
@@ -39,7 +46,7 @@ def test_figures_by_hand():
     #          A  A  A  A  B  B  C  C
     labels = [0, 0, 0, 0, 1, 1, 2, 2]
     predictions = [0, 0, 0, 1, 1, 0, 0, 1]  # nothing is called C
-    result = classification_metrics(one_hot(predictions, 3, 0.8), labels, class_names=ABC)
+    result = metrics_of(one_hot(predictions, 3, 0.8), labels, class_names=ABC)
 
     assert result.confusion_matrix == ((3, 1, 0), (1, 1, 0), (1, 1, 0))
     assert result.accuracy == 4 / 8
@@ -60,7 +67,7 @@ def test_figures_by_hand():
 
 
 def test_class_absent_from_the_split():
-    result = classification_metrics(one_hot([0, 0, 0, 2], 4), [0, 0, 2, 2], class_names=[*ABC, "D"])
+    result = metrics_of(one_hot([0, 0, 0, 2], 4), [0, 0, 2, 2], class_names=[*ABC, "D"])
     assert result.absent_classes == ("B", "D")
     assert result.balanced_accuracy == (1 + 1 / 2) / 2
     assert ratios(result.per_class["B"]) == (None, None, None, 1.0, 0)
@@ -70,7 +77,7 @@ def test_class_absent_from_the_split():
     assert result.per_class["A"].roc_auc == (1 + 1 / 2) / 2
     assert "not in this split: B, D" in summary_table(result, "test")
 
-    predicted_but_absent = classification_metrics(one_hot([1], 2), [0], class_names=["A", "B"])
+    predicted_but_absent = metrics_of(one_hot([1], 2), [0], class_names=["A", "B"])
     assert ratios(predicted_but_absent.per_class["B"]) == (0.0, None, 0.0, 0.0, 0)
     assert predicted_but_absent.loss == pytest.approx(87.3365, abs=1e-3)  # finite, as documented
 
@@ -81,153 +88,14 @@ def test_class_absent_from_the_split():
         ([[np.nan, 1.0]], [0], "NaN"),
         ([[3.0, -2.0]], [0], "no probabilities"),
         ([[4.0, 2.0]], [0], "no probabilities"),  # logits
-        ([[0.5, 0.5]], [0, 1], "2 classes"),
-        ([[1.0]], [0], "2 classes"),
-        (np.empty((0, 2)), np.empty(0, int), "2 classes"),
+        ([[0.5, 0.5]], [0, 1], "of 2 classes"),
+        ([[1.0]], [0], "of 2 classes"),
+        (np.empty((0, 2)), np.empty(0, int), "of 2 classes"),
     ],
 )
 def test_bugs_of_the_caller_raise(probabilities, labels, message):
     with pytest.raises(ValueError, match=message):
-        classification_metrics(probabilities, labels, class_names=["A", "B"])
-
-
-def simulate(rng, units_per_class, crops_per_unit, accuracy, resemblance):
-    """Crops of two classes; `resemblance` is the correlation of two crops of one unit."""
-    shape = (2, units_per_class)
-    scale = (1 - resemblance) / resemblance
-    skill = rng.beta(accuracy * scale, (1 - accuracy) * scale, size=shape)
-    right = rng.random((*shape, crops_per_unit)) < skill[..., None]
-    labels = np.broadcast_to(np.arange(2)[:, None, None], right.shape).ravel()
-    units = np.repeat(np.arange(2 * units_per_class), crops_per_unit)
-    return one_hot(np.where(right.ravel(), labels, 1 - labels), 2), labels, units
-
-
-@pytest.mark.parametrize(("units_per_class", "expected"), [(30, 0.94), (6, 0.91)])
-def test_interval_covers_the_truth_as_often_as_documented(units_per_class, expected):
-    rng = np.random.default_rng(0)
-    covered = {"accuracy": 0, "balanced_accuracy": 0}
-    for repetition in range(400):
-        probabilities, labels, units = simulate(rng, units_per_class, 5, 0.75, 0.3)
-        split = Split(labels, units, "AB", num_bootstrap=400, seed=repetition)
-        counts = metrics_module.count_by_unit(probabilities.argmax(axis=1) == labels, split)
-        intervals, _ = metrics_module.accuracy_intervals(*counts, split)
-        for key, (low, high) in intervals.items():
-            covered[key] += low <= 0.75 <= high
-    for key, count in covered.items():
-        # 0.04 is three binomial deviations. Resampling crops instead of units gives 0.8.
-        assert count / 400 == pytest.approx(expected, abs=0.04), key
-
-
-@pytest.mark.parametrize("spanning", [False, True], ids=["fields", "plates"])
-def test_interval_equals_a_naive_loop_over_the_same_draws(spanning):
-    rng = np.random.default_rng(2)
-    labels = np.repeat(np.arange(3), [60, 90, 40])
-    units = np.arange(190) % 11 if spanning else labels * 100 + rng.integers(0, 7, 190)
-    right = rng.random(190) < 0.4 + 0.1 * (units % 5)
-    probabilities = one_hot(np.where(right, labels, (labels + 1) % 3), 3)
-    result = classification_metrics(
-        probabilities, labels, class_names=ABC, groups=units, num_bootstrap=150, seed=7
-    )
-    counts = metrics_module.count_by_unit(right, Split(labels, units, ABC))
-    weights, hits, crops = metrics_module._replicates(*counts, 150, 7)
-    accuracies, balanced = [], []
-    for replicate in weights:
-        drawn_hits = sum(weight * row for weight, row in zip(replicate, hits, strict=True))
-        drawn_crops = sum(weight * row for weight, row in zip(replicate, crops, strict=True))
-        accuracies.append(drawn_hits.sum() / drawn_crops.sum())
-        balanced.append(np.mean(drawn_hits / drawn_crops))
-    for key, values in {"accuracy": accuracies, "balanced_accuracy": balanced}.items():
-        low, high = np.percentile(values, [2.5, 97.5])
-        assert result.interval_95[key] == pytest.approx((low, high), abs=1e-12)
-        assert low < getattr(result, key) < high
-    assert result.interval_note is None
-
-
-def test_same_seed_same_intervals_as_ever():
-    labels = np.repeat([0, 1, 2], [30, 50, 40])
-    units = labels * 10 + np.arange(120) % 7
-    predictions = np.where(np.arange(120) ** 2 % 11 < 3, (labels + 1) % 3, labels)
-    result = classification_metrics(
-        one_hot(predictions, 3), labels, class_names=ABC, groups=units, seed=5
-    )
-    assert result.interval_95 == {
-        "accuracy": pytest.approx((0.6952380952380953, 0.7699999999999999), abs=1e-12),
-        "balanced_accuracy": pytest.approx((0.6948212217257926, 0.7801410491962817), abs=1e-12),
-    }
-
-
-def test_reproducible_from_the_seed_and_independent_of_the_order_of_crops():
-    probabilities, labels, units = simulate(np.random.default_rng(3), 8, 6, 0.8, 0.4)
-
-    def intervals(order, seed):
-        drawn = {"groups": units[order].astype(str), "seed": seed}
-        return classification_metrics(
-            probabilities[order], labels[order], class_names="AB", **drawn
-        ).interval_95
-
-    shuffled = np.random.default_rng(4).permutation(len(labels))
-    assert intervals(np.arange(len(labels)), 0) == intervals(shuffled, 0)
-    assert intervals(shuffled, 0) != intervals(shuffled, 7)
-
-
-def test_few_units_are_named_and_one_gives_no_interval():
-    labels = np.repeat([0, 1, 2], 20)
-    predictions = np.where(np.arange(60) % 7 == 0, (labels + 1) % 3, labels)
-    for units_of_a, note in [
-        (2, "too few independent fields (groups) in this split (2 of 'A'): the intervals cannot"),
-        (1, "too few independent fields (groups) in this split (1 of 'A'): no interval"),
-    ]:
-        units = np.where(labels == 0, np.arange(60) % units_of_a, 100 * labels + np.arange(60) % 6)
-        result = classification_metrics(
-            one_hot(predictions, 3), labels, class_names=ABC, groups=units
-        )
-        assert result.interval_note.startswith(note)
-        low, high = result.interval_95["balanced_accuracy"]
-        assert (low is None and high is None) if units_of_a == 1 else low < high
-        assert "note: too few independent fields" in summary_table(result, "test")
-
-    result = classification_metrics(one_hot(labels, 3), labels, class_names=ABC, groups=labels)
-    assert set(result.interval_95.values()) == {(None, None)}
-    assert result.num_fields == 3
-    assert "1 of 'A', 1 of 'B', 1 of 'C'" in result.interval_note
-
-    names, labels = [f"line {k}" for k in range(30)], np.repeat(np.arange(30), 4)
-    result = classification_metrics(
-        one_hot(labels, 30), labels, class_names=names, groups=np.arange(120) // 2
-    )
-    assert "2 of 'line 11', … 26 more)" in result.interval_note
-
-
-def test_no_error_still_has_a_lower_bound():
-    labels, numbers = np.repeat([0, 1], 50), np.arange(100)
-    for units, trials, low in [
-        # Clopper and Pearson for 20 of 20: 0.8316, as in any table of exact binomial limits.
-        (labels * 10 + numbers % 10, 20, 0.8316),
-        (np.where(labels == 0, numbers % 6, 100 + numbers % 40), 12, 0.7354),
-        (numbers % 10, 10, 0.6915),  # plates, each of which holds both classes
-    ]:
-        result = classification_metrics(one_hot(labels, 2), labels, class_names="AB", groups=units)
-        assert result.interval_95["accuracy"] == pytest.approx((low, 1.0), abs=1e-4)
-        assert result.interval_95["balanced_accuracy"] == result.interval_95["accuracy"]
-        assert f"{trials} independent fields (groups) without an error" in result.interval_note
-
-
-def test_replicates_without_a_class_are_left_out_and_counted():
-    # Class C is in two of eight plates: a replicate misses it with probability (6 / 8) ** 7 = 0.13.
-    units = np.repeat(np.arange(8), 6)
-    labels = np.tile([0, 0, 0, 1, 1, 1], 8)
-    labels[[0, 6]] = 2
-    predictions = np.where(np.arange(48) % 5 == 0, 0, labels)
-    result = classification_metrics(
-        one_hot(predictions, 3), labels, class_names=ABC, groups=units, num_bootstrap=1000
-    )
-    notes = result.interval_note.split("; ")
-    assert "2 of 'C'" in notes[0]
-    left_out, _, total, *_ = notes[1].split()
-    assert total == "1000"
-    assert int(left_out) == pytest.approx(1000 * (6 / 8) ** 7, abs=45)
-    low, high = result.interval_95["balanced_accuracy"]
-    assert 0 < low < high <= 1
+        metrics_of(probabilities, labels, class_names=["A", "B"])
 
 
 def test_summary_table_fits_80_columns_and_keeps_the_ends_of_long_names():
@@ -235,7 +103,7 @@ def test_summary_table_fits_80_columns_and_keeps_the_ends_of_long_names():
     labels = np.repeat([0, 1, 2], 20)
     predictions = np.where(np.arange(60) % 4 == 0, (labels + 1) % 2, labels)
     fields = {"class_names": names, "groups": labels * 10 + np.arange(60) % 3}
-    result = classification_metrics(one_hot(predictions, 3), labels, **fields)
+    result = metrics_of(one_hot(predictions, 3), labels, **fields)
     table = summary_table(result, "test split, best checkpoint (step 300)")
     lines = table.splitlines()
     assert max(map(len, lines)) <= 80
@@ -250,7 +118,7 @@ def test_summary_table_fits_80_columns_and_keeps_the_ends_of_long_names():
     assert f"\naccuracy 0.750, 95 % interval {low:.3f} to {high:.3f}\n" in table
     assert f"\nloss {result.loss:.3f}\nnote: too few independent fields" in table
 
-    alone = classification_metrics(one_hot([0], 2), [0], class_names=["A", "B"])
+    alone = metrics_of(one_hot([0], 2), [0], class_names=["A", "B"])
     assert "95 % interval none" in summary_table(alone, "test")
     assert [line.split() for line in summary_table(alone, "test").splitlines()][5] == [
         *["B", "-", "-", "-", "0"]
@@ -335,7 +203,7 @@ def test_all_figures_equal_those_of_scikit_learn():
     largest = 0.0
     for labels, probabilities in cases():
         names = [str(k) for k in range(probabilities.shape[1])]
-        result = classification_metrics(probabilities, labels, class_names=names, num_bootstrap=9)
+        result = metrics_of(probabilities, labels, class_names=names, num_bootstrap=9)
         whole, rows = expected(labels, probabilities)
         assert set(result.scores) == {*whole, "balanced_accuracy"}
         differences = {key: difference(result.scores[key].value, v) for key, v in whole.items()}
@@ -355,14 +223,14 @@ def test_replicates_equal_scikit_learn_with_sample_weight():
     probabilities = softmax(logits, axis=1)
     groups = labels * 10 + rng.integers(0, 4, 84)
     split = Split(labels, groups, "ABCDEFG", num_bootstrap=10)
-    _, weights = metrics_module.weights_of(split)
+    _, weights = bootstrap.weights_of(split)
     assert weights.shape == (84, 10)
     # n - 1 of the n units of a class are drawn, which together count like n.
     assert (np.ptp(weights, axis=1) > 0).all()
     for k in range(7):
         of_units = np.stack([weights[groups == unit][0] for unit in np.unique(groups[labels == k])])
         assert of_units.sum(axis=0) == pytest.approx(len(of_units))
-    drawn = metrics_module._figures(probabilities, probabilities.argmax(axis=1), split, weights)
+    drawn = metrics._figures(probabilities, probabilities.argmax(axis=1), split, weights)
     for replicate in range(10):
         whole, rows = expected(labels, probabilities, weights[:, replicate])
         whole |= {f"macro_{key}": whole.pop(key) for key in ("roc_auc", "average_precision")}
@@ -401,7 +269,7 @@ def test_intervals_of_scores_are_percentiles_over_fields():
     predictions = simulated_predictions(8, 6)
     result = split_metrics(predictions, seed=3)
     split = Split(predictions.labels, predictions.groups, "ab", seed=3)
-    weights = np.concatenate(list(metrics_module.weights_of(split))[1:], axis=1)
+    weights = np.concatenate(list(bootstrap.weights_of(split))[1:], axis=1)
     assert weights.shape == (96, 2000)
     truth, score = predictions.labels == 1, predictions.probabilities[:, 1]
     values = [peer.roc_auc_score(truth, score, sample_weight=w) for w in weights.T[:300]]
@@ -413,7 +281,7 @@ def test_intervals_of_scores_are_percentiles_over_fields():
     assert result.scores["macro_recall"] == result.scores["balanced_accuracy"]
 
     # Crops instead of fields would make the interval too narrow.
-    each = classification_metrics(predictions.probabilities, predictions.labels, class_names="ab")
+    each = metrics_of(predictions.probabilities, predictions.labels, class_names="ab")
     narrow = np.ptp(each.scores["roc_auc"].interval_95)
     assert narrow < 0.7 * (high - low)
 
@@ -422,21 +290,19 @@ def test_what_all_replicates_agree_on_has_an_exact_bound_or_none():
     labels, numbers = np.repeat([0, 1], 50), np.arange(100)
     units = labels * 10 + numbers % 10
     predictions = np.where(numbers == 0, 1, labels)  # a single error, an A that is called B
-    result = classification_metrics(
-        one_hot(predictions, 2, 0.9), labels, class_names="AB", groups=units
-    )
+    result = metrics_of(one_hot(predictions, 2, 0.9), labels, class_names="AB", groups=units)
     # Clopper and Pearson for 10 of 10: 0.6915.
     assert result.per_class["B"].interval_95["recall"] == pytest.approx((0.6915, 1), abs=1e-4)
     assert result.per_class["A"].interval_95["precision"] == pytest.approx((0.6915, 1), abs=1e-4)
     assert result.per_class["A"].interval_95["recall"][1] == 1
     assert result.per_class["A"].interval_95["recall"][0] > 0.6915
 
-    perfect = classification_metrics(one_hot(labels, 2), labels, class_names="AB", groups=units)
+    perfect = metrics_of(one_hot(labels, 2), labels, class_names="AB", groups=units)
     assert perfect.scores["matthews"] == Score(1.0, (None, None))
     for key in ("accuracy", "weighted_recall", "macro_recall"):
         assert perfect.scores[key].interval_95 == pytest.approx((0.8316, 1), abs=1e-4)  # 20 of 20
     assert perfect.scores["roc_auc"] == Score(1.0, (None, None))
-    alone = classification_metrics(one_hot(labels, 2), labels, class_names="AB", groups=labels)
+    alone = metrics_of(one_hot(labels, 2), labels, class_names="AB", groups=labels)
     ends = {end for row in alone.per_class.values() for end in row.interval_95.values()}
     assert ends | {score.interval_95 for score in alone.scores.values()} == {(None, None)}
 
@@ -462,5 +328,5 @@ def test_intervals_of_a_small_run_take_no_time():
     labels = np.repeat(np.arange(3), 100)
     probabilities = softmax(np.random.default_rng(0).normal(size=(300, 3)), axis=1)
     start = time.process_time()
-    classification_metrics(probabilities, labels, class_names=ABC, groups=np.arange(300) // 5)
+    metrics_of(probabilities, labels, class_names=ABC, groups=np.arange(300) // 5)
     assert time.process_time() - start < 2

@@ -295,7 +295,7 @@ def test_methods_say_what_the_config_did(images, methods):
     whole = dataclasses.replace(study.crop_set, records=records, came_split=True)
     text = methods(dataclasses.replace(study, crop_set=whole))
     assert "each was used whole (32×32 pixels), with 1 colour channel" in text
-    assert "The images came divided" in text
+    assert "test images came with them (see also the notes on the data)." in text
     results = dataclasses.replace(
         study.results,
         init={"kind": "imagenet", "source": "a", "sha256": "b", "tensors": "216 loaded"},

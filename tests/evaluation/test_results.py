@@ -16,7 +16,7 @@ def make_results(tested, warnings=(), init=None):
         test=metrics,
         test_opened=1,
         evidence=gather_evidence(tested, seed=0),
-        calibration=Calibration(30, 1.5, "largest softmax", -0.5),
+        calibration=Calibration(30, 1.5, "nearest neighbour", 0.1, ""),
         init=init or {"kind": "random"},
         data={"audit": {"warnings": list(warnings)}},
         timing=Timing(1, 1, 0, 60, 60, 1, 70, 100.0, 300.0),

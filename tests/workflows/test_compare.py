@@ -15,8 +15,8 @@ import pytest
 
 from configs import compare as compare_config
 from jaxcells.config import expand_comparison
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose
-from jaxcells.evaluation.metrics import Split
 from jaxcells.evaluation.results import RunResults
 from jaxcells.files import Error, Workdir, from_record
 from jaxcells.training import signals

@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from configs import cross_validate as cross_validate_config
 from jaxcells.config import SHIPPED, expand_cross_validation
 from jaxcells.data.crop_set import open_crop_set
+from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import classification_metrics
 from jaxcells.files import Error, Workdir, from_record, read_json, write_json
@@ -184,12 +185,9 @@ def test_pooled_figures_are_those_of_all_crops_together(finished):
         assert pooled["balanced_accuracy"] == pytest.approx(balanced)
         names = ("coarse", "fine")
         probabilities = [[float(row[f"probability {name}"]) for name in names] for row in rows]
-        again = classification_metrics(
-            np.array(probabilities),
-            [names.index(label) for label in true],
-            class_names=names,
-            groups=[row["group"] for row in rows],
-        )
+        labels = np.array([names.index(label) for label in true])
+        split = Split(labels, np.array([row["group"] for row in rows]), names)
+        again = classification_metrics(np.array(probabilities), split)
         assert list(again.interval_95["accuracy"]) == pooled["interval_95"]["accuracy"]
         assert pooled["num_fields"] == (2 if ending else 6)
         for row in (row for row in table if row["folds"] == kind and row["best_epoch"]):
