@@ -48,7 +48,7 @@ def ours(
     devices = mesh.make_mesh(jax.devices()[:1])
     normalize = fit_normalization(images, "imagenet")
     model = create_model(args.model, num_classes=_NUM_CLASSES)
-    schedule = optim.make_schedule("constant", learning_rate=_SGD["learning_rate"], num_steps=1)
+    schedule = optim.make_schedule("constant", _SGD["learning_rate"], 1)
     tx = optim.make_optimizer(schedule, momentum=_SGD["momentum"], freeze=(pattern,))
     fresh = state.create_train_state(
         model, tx, sample_shape=(1, *images.shape[1:]), key=jax.random.key(0)

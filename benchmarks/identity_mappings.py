@@ -47,7 +47,7 @@ def compile_step(
     model = create_model("preact1001", num_classes=_NUM_CLASSES, dtype=args.dtype, scan=scan).clone(
         stage_sizes=(num_units,) * 3
     )
-    schedule = optim.make_schedule("constant", learning_rate=0.001, num_steps=1)
+    schedule = optim.make_schedule("constant", 0.001, 1)
     current = mesh.replicate(
         state.create_train_state(
             model,

@@ -59,7 +59,7 @@ def ours(args: argparse.Namespace, batch: dict[str, np.ndarray]) -> Contestant:
     """The steps of a run on one device, compiled as `training.loop` compiles them."""
     devices = mesh.make_mesh(jax.devices()[:1])
     normalize = fit_normalization(batch["image"], "imagenet")
-    schedule = optim.make_schedule("constant", learning_rate=_LEARNING_RATE, num_steps=1)
+    schedule = optim.make_schedule("constant", _LEARNING_RATE, 1)
     train_state = mesh.replicate(
         state.create_train_state(
             create_model(args.model, num_classes=_NUM_CLASSES, dtype=args.dtype),

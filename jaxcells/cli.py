@@ -53,10 +53,8 @@ from jaxcells.config import (
     load_config,
     validate,
 )
-from jaxcells.files import Error, Workdir
+from jaxcells.files import Error, Workdir, logger
 from jaxcells.text import some
-
-logger = logging.getLogger("jaxcells")
 
 # Module and function of every verb. They are imported when used: `crop` works without JAX, and help
 # is quick.
@@ -115,24 +113,24 @@ def _dispatch() -> None:
     if verb in _WORKDIR_VERBS:
         _use_trained(verb, args)
         return
-    config = _config(args)
-    arguments: list[Any] = [_workdir(args)]
+    config, workdir = _config(args), _workdir(args)
+    more: list[Any] = []
+    folder = Path(args["config"].config_filename).parent
     if verb == "cross_validate":
-        folder = Path(args["config"].config_filename).parent
-        config, *folds = expand_cross_validation(config, folder)
-        arguments = [*folds, *arguments]
-    elif verb == "compare" or ("experiments" in config and verb in ("crop", "check")):
-        config, experiments = expand_comparison(config, Path(args["config"].config_filename).parent)
-        arguments = [experiments, *arguments] if verb == "compare" else arguments
+        config, *more = expand_cross_validation(config, folder)
+    elif verb == "compare":
+        config, *more = expand_comparison(config, folder)
+    elif "experiments" in config and verb in ("crop", "check"):
+        config, _ = expand_comparison(config, folder)
     elif "experiments" in config or "folds" in config:
         other = "compare" if "experiments" in config else "cross_validate"
         raise Error(f"this config is for another verb; run `{other}` with it, not `{verb}`")
     else:
         validate(config)
-    _workflow("prepare", "check_place")(config, arguments[-1])
+    _workflow("prepare", "check_place")(config, workdir)
     trains = verb in ("train", "compare", "cross_validate")
     with _training() if trains else contextlib.nullcontext():
-        _workflow(*_CONFIG_VERBS[verb])(config, *arguments)
+        _workflow(*_CONFIG_VERBS[verb])(config, *more, workdir)
 
 
 def _use_trained(verb: str, args: flags.FlagValues) -> None:
@@ -189,9 +187,7 @@ def _parse() -> tuple[str, flags.FlagValues]:
         must_be = _VALUES.get(type(known[flag[2]])) if flag else None
         raise Error(f"--{flag[1]} must be {must_be}" if flag and must_be else str(error)) from error
     except flags.Error as error:
-        if not any(re.match(r"--?config=", text) for text in sys.argv):
-            raise Error(_NO_CONFIG) from error
-        raise Error(f"{error}; see --help") from error
+        raise Error(f"{error}; see --help" if known else _NO_CONFIG) from error
     verb, verbs = " ".join(words), (*_CONFIG_VERBS, *_WORKDIR_VERBS)
     if verb not in verbs:
         raise Error(f"{verb!r} is not understood; give one verb of {', '.join(verbs)}; see --help")
@@ -216,7 +212,6 @@ def _config(args: flags.FlagValues) -> ConfigDict:
     if args.config is None:
         raise Error(_NO_CONFIG)
     config: ConfigDict = args.config
-    config.lock()
     return config
 
 

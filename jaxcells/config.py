@@ -68,9 +68,9 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "data.exclude": (_is_expression, "a regular expression, or empty"),
     "data.min_foreground": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "data.augment.intensity": (lambda x: 0 <= x < 1, "from 0 to below 1"),
-    "optim.learning_rate": (lambda x: x > 0, "above 0"),
+    "optim.learning_rate": (lambda x: 0 < x < math.inf, "a finite number above 0"),
     "optim.momentum": (lambda x: 0 <= x < 1, "from 0 to below 1"),
-    "optim.weight_decay": (lambda x: x >= 0, "0 or more"),
+    "optim.weight_decay": (lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
     "optim.label_smoothing": (lambda x: 0 <= x < 1, "from 0 to below 1"),
     "optim.freeze": (lambda x: all(map(_is_expression, x)), "regular expressions"),
     "optim.freeze_epochs": (lambda x: x >= 0, "0 or more"),
@@ -133,11 +133,6 @@ def validate(config: ConfigDict) -> None:
     mistakes += [f"{key} is missing; see configs/default.py" for key in known.keys() - present]
     if not mistakes:
         wrong = {key: text for key, (fits, text) in _MUST_BE.items() if not fits(present[key])}
-        wrong |= {
-            key: "a finite number"
-            for key, value in present.items()
-            if isinstance(value, float) and not math.isfinite(value)
-        }
         mistakes = [f"{key}={present[key]!r} must be {text}" for key, text in wrong.items()]
         mistakes += _contradictions(config, wrong.keys())
     if mistakes:
@@ -152,15 +147,12 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     from jaxcells.data.splits import compile_group_pattern, parse_fold
 
     data, optim, model = config.data, config.optim, config.model
-    parsers: list[tuple[Callable[[Any], Any], Any]] = [
-        (parse_plane, data.plane),
-        (parse_multipliers, optim.multipliers),
-    ]
+    parsed: dict[Any, Any] = {parse_plane: data.plane, parse_multipliers: optim.multipliers}
     if data.split_by not in ("field", "channel", "crop"):
-        parsers.append((compile_group_pattern, data.split_by))
+        parsed[compile_group_pattern] = data.split_by
     if data.fold:
-        parsers.append((parse_fold, data.fold))
-    for parse, value in parsers:
+        parsed[parse_fold] = data.fold
+    for parse, value in parsed.items():
         try:
             parse(value)
         except Error as error:

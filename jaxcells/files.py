@@ -1,10 +1,11 @@
-"""Errors, and files: written whole or not at all, where those of a run lie, who works there."""
+"""Errors, the log, and files: whole or not at all, where those of a run lie, who works there."""
 
 import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import types
@@ -16,6 +17,8 @@ from typing import Any, TextIO, TypeVar
 import filelock
 
 Record = TypeVar("Record")
+
+logger = logging.getLogger("jaxcells")
 
 
 class Error(Exception):
@@ -168,12 +171,9 @@ def from_record(record_class: type[Record], values: Any, source: object) -> Reco
     fields = {field.name for field in dataclasses.fields(record_class)}  # type: ignore[arg-type]
     found = set(values) if isinstance(values, Mapping) else set()
     if found != fields:
-        unknown, missing = sorted(found - fields), sorted(fields - found)
-        what = [f"unknown: {', '.join(unknown)}"] if unknown else []
-        what += [f"missing: {', '.join(missing)}"] if missing else []
         raise Error(
-            f"{source}: written by another version of jaxcells ({'; '.join(what)}); use that "
-            "version, or choose another workdir"
+            f"{source}: written by another version of jaxcells, with other fields "
+            f"({', '.join(sorted(found ^ fields))}); use that version, or choose another workdir"
         )
     hints = typing.get_type_hints(record_class)
     return record_class(**{k: _from_json(hints[k], v, source) for k, v in values.items()})

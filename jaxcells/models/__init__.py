@@ -1,7 +1,5 @@
 """Networks by name, and weights for them. docs/extending.md says how to add one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import flax.linen as nn

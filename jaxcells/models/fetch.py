@@ -7,10 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from jaxcells.files import Error, file_sha256
+from jaxcells.files import Error, file_sha256, logger
 from jaxcells.text import one_line
-
-logger = logging.getLogger("jaxcells")
 
 # torchvision's IMAGENET1K_V1 weights (BSD-3-Clause) as timm publishes them, the same generation for
 # all depths; the only safetensors of ResNet-101 to be found are of another one (V2). The SHA-256 of

@@ -4,8 +4,6 @@ Same names, same shapes and same padding as in torchvision, so that its weights 
 XLA makes good code of them on a CPU as well as on an accelerator.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ convolution of F. Signal and gradient then pass from any block to any other as t
 of them ends in a norm of its own, `final_bn`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import ClassVar
 

@@ -6,8 +6,6 @@ Layers have torchvision's names and shapes: `conv1`, `bn1`, `layer1_0/conv1`, â€
 `layer2_0/downsample_conv`, `layer2_0/downsample_bn`, `fc`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

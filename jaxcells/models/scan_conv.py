@@ -7,8 +7,6 @@ over scalars. JAX's derivatives of a convolution are convolutions in other order
 kernel then takes some fifty times as long. `scan_convolve` states them in the fast order.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

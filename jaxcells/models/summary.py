@@ -4,8 +4,6 @@ Everything is read off an abstract trace: nothing is computed and no memory is t
 the network.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -3,8 +3,6 @@
 docs/extending.md says how to add one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -13,8 +13,6 @@ Orbax stores the arrays; which folders count and which stay is settled here, bec
 was interrupted too, and restores a file with a flipped bit without a word.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -26,23 +24,19 @@ from typing import Any, Literal
 
 import flax.serialization
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
 
 from jaxcells.data.normalization import Normalization
-from jaxcells.files import Error, file_sha256, from_record
+from jaxcells.files import Error, file_sha256, from_record, logger
 from jaxcells.text import one_line
 from jaxcells.training import mesh
-from jaxcells.training.progress import Progress
+from jaxcells.training.progress import Progress, check_finite
 from jaxcells.training.state import TrainState
 
 Which = int | Literal["latest", "best"]
 
 _SHA256SUMS = "SHA256SUMS"
 _UNFINISHED = ".unfinished-"
-
-logger = logging.getLogger("jaxcells")
 
 
 # Through absl, Orbax reports every small thing that it does. What goes wrong, it raises.
@@ -107,7 +101,7 @@ def save(
     step = int(state.step)
     tree = flax.serialization.to_state_dict(jax.device_get(state))
     scores = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-    _check_finite(step, tree | {f"validation {k}": value for k, value in (scores or {}).items()})
+    check_finite(step, tree | {"validation": scores or {}})
     items = {
         "variables": ocp.args.StandardSave({k: tree[k] for k in ("params", "batch_stats")}),
         "optimizer": ocp.args.StandardSave({k: tree[k] for k in ("step", "opt_state")}),
@@ -235,13 +229,9 @@ def _find(directory: Path, which: Which) -> Path:
         raise Error(f"no checkpoint in {directory}: train first, or give the workdir of a run")
     there = ", ".join(map(str, steps))
     step = best_step(directory) if which == "best" else steps[-1] if which == "latest" else which
-    if step is None:
-        raise Error(
-            f"no checkpoint in {directory} has been validated yet, so none is the best: "
-            f"train on, or choose a step of {there}"
-        )
     if step not in steps:
-        raise Error(f"no checkpoint of step {which} in {directory}: choose a step of {there}")
+        what = "no validated checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise Error(f"{what} in {directory}: choose a step of {there}")
     return directory / str(step)
 
 
@@ -298,12 +288,3 @@ def _read_arrays(folder: Path, item: str) -> dict[str, Any]:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     return json.loads((_checked(folder, "record") / "metadata").read_bytes())
-
-
-def _check_finite(step: int, tree: dict[str, Any]) -> None:
-    for name, value in flatten_dict(tree, sep="/").items():
-        if not np.isfinite(value).all():
-            raise Error(
-                f"training diverged: {name} is not finite at step {step}; "
-                "try a lower optim.learning_rate"
-            )

@@ -9,11 +9,8 @@ each are kept.
 Features live as long as the process: a run that goes on computes them again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-import logging
 import math
 import shutil
 import time
@@ -26,13 +23,12 @@ import jax
 import numpy as np
 
 from jaxcells.data.arrays import create_array
+from jaxcells.files import logger
 from jaxcells.training import mesh
 from jaxcells.training.augment import NUM_SYMMETRIES, apply_symmetries
 from jaxcells.training.freeze import frozen_prefix
 from jaxcells.training.recipe import Recipe
 from jaxcells.training.steps import Normalize
-
-logger = logging.getLogger("jaxcells")
 
 
 @dataclasses.dataclass(frozen=True)

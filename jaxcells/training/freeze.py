@@ -5,8 +5,6 @@ means every path that begins with a match of it: `layer4` is all of the fourth s
 `(?!fc)` everything but the head.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping, Sequence

@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxcells.data.crop_set import CropSet
-from jaxcells.files import Error, Workdir, file_sha256
+from jaxcells.files import Error, Workdir, file_sha256, logger
 from jaxcells.models import weights
 from jaxcells.models.fetch import WeightsUnavailableError, fetch_imagenet
 from jaxcells.training.checkpoints import best_step, read_meta, restore_variables
 from jaxcells.training.state import TrainState, state_of
-
-logger = logging.getLogger("jaxcells")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +32,16 @@ class Initialization:
 
 
 def find_initialization(
-    init: str, model_name: str, *, random_if_missing: bool, conv1: weights.Conv1 = "adapt"
+    init: str, model_name: str, conv1: weights.Conv1 = "adapt", *, random_if_missing: bool
 ) -> Initialization:
     """Finds the weights before anything expensive happens, fetching those of ImageNet.
 
     Args:
       init: "imagenet", "random", a .safetensors file or a workdir.
       model_name: name of the network, which decides on the ImageNet file.
+      conv1: see `Initialization`.
       random_if_missing: go on from random parameters, with a warning, if the ImageNet weights
         cannot be had. Right for the built-in sample, wrong for anyone's own images.
-      conv1: see `Initialization`.
 
     Raises:
       Error: the weights cannot be had, or the workdir has no checkpoint.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from jaxcells.data.arrays import SplitArrays
 from jaxcells.data.crop_set import CropSet
 from jaxcells.data.loader import eval_batches, num_batches, train_batches
 from jaxcells.data.normalization import fit_normalization
-from jaxcells.files import Error, Workdir
+from jaxcells.files import Error, Workdir, logger
 from jaxcells.models import create_model
 from jaxcells.text import duration
 from jaxcells.training import checkpoints, mesh, optim, steps
@@ -28,8 +27,6 @@ from jaxcells.training.recipe import Recipe
 from jaxcells.training.signals import Interrupted, StopRequest
 from jaxcells.training.state import TrainState, create_train_state
 
-logger = logging.getLogger("jaxcells")
-
 _ESTIMATE_AFTER = 5  # steps
 
 
@@ -39,7 +36,6 @@ def train(
     arrays: Mapping[str, SplitArrays],
     init: Initialization,
     workdir: Workdir,
-    *,
     prepare_s: float = 0.0,
     compiled: dict[str, Any] | None = None,
 ) -> Progress:
@@ -80,15 +76,9 @@ def train(
     rows = mesh.local_rows(recipe.batch_size, devices)
     model_args = {**recipe.model, "num_classes": len(class_names)}
     model = create_model(**model_args)
-    schedule = optim.make_schedule(
-        recipe.schedule, learning_rate=recipe.learning_rate, num_steps=num_steps
-    )
+    schedule = optim.make_schedule(recipe.schedule, recipe.learning_rate, num_steps)
     make_optimizer = functools.partial(
-        optim.make_optimizer,
-        schedule,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        multipliers=recipe.multipliers,
+        optim.make_optimizer, schedule, recipe.momentum, recipe.weight_decay, recipe.multipliers
     )
     init_key, step_key = jax.random.split(jax.random.key(recipe.seed))
 
@@ -148,12 +138,9 @@ def train(
             first = inputs.first_segment
             apply_fn = functools.partial(model.apply, first=first) if first else model.apply
             tx = make_optimizer(freeze=freeze)
+            augmentation = {} if first else recipe.augmentation
             train_step: Any = steps.make_train_step(
-                inputs.normalize,
-                label_smoothing=recipe.label_smoothing,
-                class_weights=class_weights,
-                augmentation={} if inputs.first_segment else recipe.augmentation,
-                freeze=freeze,
+                inputs.normalize, recipe.label_smoothing, class_weights, augmentation, freeze
             )
             arguments = state.replace(apply_fn=apply_fn, tx=tx), batch, step_key
             train_step = mesh.jit_train_step(train_step, devices).lower(*arguments).compile()
@@ -169,7 +156,7 @@ def train(
         nonlocal pending, clock
         if pending:
             values = jax.device_get(pending)
-            check_finite(float(values["loss"]), step)
+            check_finite(step, {"loss": values["loss"]})
             for name in progress.totals:
                 progress.totals[name] += values[name].item()
             pending, before, clock = {}, clock, time.monotonic()
@@ -191,7 +178,7 @@ def train(
         trained = progress.finish_epoch() | {"learning_rate": float(schedule(step - 1))}
         batches = eval_batches(images, arrays["val"].labels, recipe.batch_size, rows)
         val = _means(eval_step(state, mesh.shard_batch(batch, devices)) for batch in batches)
-        check_finite(val["loss"], step)
+        check_finite(step, {"validation": val})
         epoch = step // steps_per_epoch
         write({"step": step, "epoch": epoch, "split": "train", **trained})
         write({"step": step, "epoch": epoch, "split": "val", **val})

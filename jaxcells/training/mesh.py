@@ -5,9 +5,6 @@ then makes every mean over the batch a mean over all devices: the gradients', an
 batch norm too.
 """
 
-from __future__ import annotations
-
-import logging
 import os
 import pathlib
 import shutil
@@ -21,12 +18,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Wrapped
 
-from jaxcells.files import Error
+from jaxcells.files import Error, logger
 from jaxcells.training.steps import EvalStep, PredictStep, TrainStep
 
 Tree = TypeVar("Tree")
 
-logger = logging.getLogger("jaxcells")
 
 _NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
 _DISTRIBUTED = ("JAXCELLS_COORDINATOR", "JAXCELLS_NUM_PROCESSES", "JAXCELLS_PROCESS_ID")
@@ -58,12 +54,9 @@ def initialize_distributed() -> None:
             f"{listed}: set all three to run in several processes, the last to a whole number from "
             "0 to one below the second; set none to run in one"
         )
+    # Left to find out, JAX would not read these two from any environment variable.
     jax.distributed.initialize(
-        coordinator,
-        int(num_processes),
-        int(process_id),
-        # Left to find out, JAX would not read these two from any environment variable.
-        cluster_detection_method="deactivate",
+        coordinator, int(num_processes), int(process_id), cluster_detection_method="deactivate"
     )
 
 
@@ -148,12 +141,8 @@ def jit_train_step(train_step: TrainStep, mesh: Mesh) -> Wrapped:
     The state that is passed in is donated: its memory holds the state that comes out.
     """
     replicated, sharded = _shardings(mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(replicated, sharded, replicated),
-        out_shardings=replicated,
-        donate_argnums=0,
-    )
+    inputs = (replicated, sharded, replicated)
+    return jax.jit(train_step, in_shardings=inputs, out_shardings=replicated, donate_argnums=0)
 
 
 def jit_step(step: EvalStep | PredictStep, mesh: Mesh) -> Wrapped:

@@ -1,7 +1,5 @@
 """Stochastic gradient descent with momentum, as PyTorch defines it, and its learning rates."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -11,7 +9,7 @@ import optax
 from jaxcells.training.freeze import map_with_path, matches
 
 
-def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.Schedule:
+def make_schedule(name: str, learning_rate: float, num_steps: int) -> optax.Schedule:
     """Makes the learning rate as a function of the step.
 
     Args:
@@ -20,20 +18,17 @@ def make_schedule(name: str, *, learning_rate: float, num_steps: int) -> optax.S
       learning_rate: the first learning rate.
       num_steps: number of updates in the whole run.
     """
-    schedules = {
-        "constant": optax.constant_schedule(learning_rate),
-        "cosine": optax.cosine_decay_schedule(learning_rate, num_steps),
-    }
-    return schedules[name]
+    if name == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, num_steps)
+    return optax.constant_schedule(learning_rate)
 
 
 def make_optimizer(
     schedule: optax.Schedule,
-    *,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    freeze: tuple[str, ...] = (),
     multipliers: tuple[tuple[str, float], ...] = (),
+    freeze: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
     """Makes SGD with momentum: `v = momentum v + (g + weight_decay p)`, `p = p - lr v`.
 
@@ -52,10 +47,10 @@ def make_optimizer(
       schedule: learning rate by step.
       momentum: share of the velocity kept at each step.
       weight_decay: L2 penalty on kernels, 0 for none.
-      freeze: regular expressions over parameter paths: no gradient and no decay reaches these, so
-        that they gather no velocity either (see `training.freeze`).
       multipliers: regular expressions, each with a factor of the learning rate; of several that
         match a parameter the first counts, and without any the factor is 1.
+      freeze: regular expressions over parameter paths: no gradient and no decay reaches these, so
+        that they gather no velocity either (see `training.freeze`).
     """
 
     def stop(path: str, gradient: jax.Array) -> jax.Array:

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
-import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorboardX
+from flax.traverse_util import flatten_dict
 
 from jaxcells.files import Error, Workdir, write_whole
 from jaxcells.training import mesh
@@ -75,13 +76,14 @@ class Progress:
         return means
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Raises an Error that names the step if the loss is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise Error(
-            f"the loss is {loss} at step {step}, and nothing of it was saved; try a lower "
-            "optim.learning_rate in a new workdir, or look for broken pixels"
-        )
+def check_finite(step: int, values: Mapping[str, Any]) -> None:
+    """Raises an Error that names what of a nested mapping is NaN or infinite."""
+    for name, value in flatten_dict(values, sep="/").items():
+        if not np.isfinite(value).all():
+            raise Error(
+                f"training diverged: {name} is not finite at step {step}, which was not saved; try "
+                "a lower optim.learning_rate in a new workdir, or look for broken pixels"
+            )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """The train state: everything that a training step reads and writes, in one pytree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ Each is made by a function that takes what stays the same for a whole run, and i
 and `normalize` takes its images to float32 `[B, H, W, C']`, the same in all three.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +32,6 @@ def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
-    *,
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> jax.Array:
@@ -64,7 +61,6 @@ def cross_entropy(
 
 def make_train_step(
     normalize: Normalize,
-    *,
     label_smoothing: float = 0.0,
     class_weights: tuple[float, ...] | None = None,
     augmentation: Mapping[str, Any] | None = None,
@@ -100,16 +96,9 @@ def make_train_step(
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             variables = {**state.variables, "params": params}
             with frozen_norms(freeze):
-                logits, moved = state.apply_fn(
-                    variables, images, train=True, mutable=["batch_stats"]
-                )
-            loss = cross_entropy(
-                logits,
-                batch["label"],
-                batch["mask"],
-                label_smoothing=label_smoothing,
-                class_weights=class_weights,
-            )
+                logits, moved = state.apply_fn(variables, images, train=True, mutable="batch_stats")
+            labels, mask = batch["label"], batch["mask"]
+            loss = cross_entropy(logits, labels, mask, label_smoothing, class_weights)
             return loss, (logits, moved.get("batch_stats", {}))
 
         grads, (logits, batch_stats) = jax.grad(objective, has_aux=True)(state.params)

@@ -5,7 +5,6 @@ chooses and compare/choice.json is written; only then is the test split opened, 
 """
 
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -20,17 +19,14 @@ from jaxcells.evaluation import comparison_figures, comparison_table, predict
 from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
 from jaxcells.evaluation.comparison_table import Row, Table
-from jaxcells.evaluation.results import RunResults
-from jaxcells.files import Error, Workdir, from_record, read_json, write_json
+from jaxcells.files import Error, Workdir, from_record, logger, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
 from jaxcells.training import mesh
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
-from jaxcells.workflows.report import predictions_of, report
-
-logger = logging.getLogger("jaxcells")
+from jaxcells.workflows.report import predictions_of, read_results, report
 
 
 def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdir) -> None:
@@ -51,9 +47,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in experiments}
-    with train.keep_workdir(workdir):
-        if workdir.is_trained:
-            raise Error(f"{workdir} is the workdir of a single run; choose another workdir")
+    with train.keep_workdir(workdir, "comparison"):
         for e in experiments:
             train.check_config(e.config, runs[e.label])
         starts = {e.label: train.find_start(e.config, runs[e.label]) for e in experiments}
@@ -72,7 +66,7 @@ def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdi
                 _share_crops(workdir, run)
             with train.failures_noted(e.label, failures):
                 if run.results.exists():
-                    seconds[e.label] = _read_results(run).timing.typical_train_s
+                    seconds[e.label] = read_results(run).timing.typical_train_s
                 else:
                     progress = train.train_run(e.config, run, data, starts[e.label], compiled)
                     seconds[e.label] = progress.typical_train_s(e.config.optim.freeze_epochs)
@@ -106,10 +100,6 @@ def _share_crops(workdir: Workdir, run: Workdir) -> None:
         if not link.exists():  # copying a comparison may have put the folder there
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(folder, run.path), target_is_directory=True)
-
-
-def _read_results(run: Workdir) -> RunResults:
-    return from_record(RunResults, read_json(run.results), run.results)
 
 
 def _by_name(experiments: Sequence[Experiment], values: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -164,13 +154,13 @@ def write_comparison(
       failures: why some were not trained, by label.
     """
     runs = {e.label: Workdir(workdir.experiments / e.label) for e in done}
-    results = {label: _read_results(run) for label, run in runs.items()}
+    results = {label: read_results(run) for label, run in runs.items()}
     records = {label: read_metrics(run.metrics) for label, run in runs.items()}
     validated, predictions = (
         _by_name(done, {label: predictions_of(run, split).predicted for label, run in runs.items()})
         for split in ("val", "test")
     )
-    split = _split(data, "test", base.seed)
+    validation, split = (_split(data, name, base.seed) for name in ("val", "test"))
     _, *shape, channels = data.arrays["train"].images.shape
     inputs = (*shape, 3 if channels == 1 else channels)  # grey is repeated
     rows: list[Row] = []
@@ -208,9 +198,7 @@ def write_comparison(
             curves.setdefault(name, []).append(row)
     for name, points in curves.items():
         if len(points) > 1:
-            notes += comparison_table.learning_curve(
-                name, points, validated, _split(data, "val", base.seed)
-            )
+            notes += comparison_table.learning_curve(name, points, validated, validation)
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)

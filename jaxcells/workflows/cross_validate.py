@@ -6,7 +6,6 @@ within.
 """
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,31 +18,27 @@ from jaxcells.evaluation.evidence import gather_evidence
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
 from jaxcells.evaluation.report import figure
-from jaxcells.files import Error, Workdir, read_json, write_csv, write_json, write_whole
+from jaxcells.files import Workdir, logger, read_json, write_csv, write_json, write_whole
 from jaxcells.training import mesh
 from jaxcells.training.initialization import Initialization, check_no_leak
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
 from jaxcells.workflows.report import pool_folds, report
 
-logger = logging.getLogger("jaxcells")
-
 Fold = tuple[ConfigDict, Workdir, PreparedData, Initialization]
 
 _KEYS = ("balanced_accuracy", "accuracy")
 _HEADER = ("fold", "crops", "fields\n(groups)", "balanced accuracy", "accuracy", "best epoch")
 _CAUTION = (
-    "95 % intervals are over independent fields (groups); across batches over batches. They take "
-    "the networks as given and ignore that the folds share most of what they train on, and are "
-    "somewhat too narrow for it (Bengio and Grandvalet 2004). The figures are of the procedure "
-    "with so many images to train on, not of one network."
+    "95 % intervals are over independent fields (groups), across batches over batches. They take "
+    "networks as given, and are somewhat too narrow, since the folds share most of what they train "
+    "on (Bengio and Grandvalet 2004). The figures are of the procedure, not of one network."
 )
 _NEXT = {
     True: "What next: choose between settings by these figures, then train one network by the "
     "plain config (same keys, same seed) and report its test split, which has stayed shut here.",
-    False: "What next: no test split was set aside, so that these are the final figures, as long "
-    "as no settings were chosen by them. Networks to use are those of the folds, or one trained by "
-    "the plain config where there are images enough for its three splits.",
+    False: "What next: no test split was set aside, and these are the final figures, as long as no "
+    "settings were chosen by them. Networks to use are those of the folds.",
 }
 
 
@@ -64,9 +59,7 @@ def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Wor
         training failed.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
-    with train.keep_workdir(workdir):
-        if workdir.is_trained or workdir.experiments.is_dir():
-            raise Error(f"{workdir} is the workdir of a run or comparison; choose another workdir")
+    with train.keep_workdir(workdir, "cross-validation"):
         mesh.warn_of_cpu()
         kinds = {"all folds": _prepare(config, str(folds), keep_test, workdir)}
         if config.data.batch_by:

@@ -1,6 +1,5 @@
 """The network of a config, on paper: a table of its layers and a drawing, without an image read."""
 
-import logging
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -9,11 +8,9 @@ from jaxcells.config import data_source
 from jaxcells.data.fields import class_folders
 from jaxcells.data.sample import CELL_LINES
 from jaxcells.evaluation.diagram import plot_network
-from jaxcells.files import Workdir
+from jaxcells.files import Workdir, logger
 from jaxcells.models import create_model, require_segments
 from jaxcells.models.summary import layer_table, summarize, write_layers_csv
-
-logger = logging.getLogger("jaxcells")
 
 
 def describe(config: ConfigDict, workdir: Workdir) -> None:

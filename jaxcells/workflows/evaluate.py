@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 
 from jaxcells.data.arrays import open_arrays
 from jaxcells.data.crop_set import open_crop_set, verify_pixels
@@ -10,11 +9,9 @@ from jaxcells.data.fields import SPLITS
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.metrics import SplitMetrics, split_metrics, summary_table
 from jaxcells.evaluation.predictions import write_predictions
-from jaxcells.files import Error, Workdir, lock_workdir, write_json
+from jaxcells.files import Error, Workdir, lock_workdir, logger, write_json
 from jaxcells.training.checkpoints import Which
 from jaxcells.training.loop import check_crops
-
-logger = logging.getLogger("jaxcells")
 
 
 def evaluate(workdir: Workdir, *, split: str, which: Which) -> SplitMetrics:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,12 +10,10 @@ from safetensors.numpy import save
 
 from jaxcells import __version__
 from jaxcells.data.tfds import prepare_tfds
-from jaxcells.files import Error, Workdir, write_whole
+from jaxcells.files import Error, Workdir, logger, write_whole
 from jaxcells.models import create_model, require_segments
 from jaxcells.models.weights import to_torch
 from jaxcells.training.checkpoints import CheckpointMeta, Which, restore_variables
-
-logger = logging.getLogger("jaxcells")
 
 _NORMALIZE = (
     "input = ((pixel - low) / (high - low) - mean) / std, per channel, without clipping; an image "
@@ -94,13 +91,14 @@ def export_tfds(workdir: Workdir, output: Path | None = None) -> Path:
 
 
 def _metadata(meta: CheckpointMeta) -> dict[str, str]:
-    normalization = dataclasses.asdict(meta.normalization)
     return {
         "format": "pt",  # what timm and transformers look for
         "architecture": meta.model["name"],
         "num_classes": str(meta.model["num_classes"]),
         "class_names": json.dumps(meta.class_names),
-        "normalization": json.dumps({**normalization, "apply": _NORMALIZE}),
+        "normalization": json.dumps(
+            {**dataclasses.asdict(meta.normalization), "apply": _NORMALIZE}
+        ),
         "model": json.dumps(meta.model),
         "step": str(meta.step),
         "manifest_sha256": meta.manifest_sha256,

@@ -5,7 +5,6 @@ optimiser keeps it in its state, so that the step of `training.steps` serves unc
 """
 
 import itertools
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +19,13 @@ from tqdm import tqdm
 from jaxcells.data.loader import num_batches, train_batches
 from jaxcells.data.normalization import fit_normalization
 from jaxcells.evaluation.gradient_figures import Measurement, describe_gradients, plot_gradients
-from jaxcells.files import Error, Workdir, lock_workdir, write_csv, write_whole
+from jaxcells.files import Error, Workdir, lock_workdir, logger, write_csv, write_whole
 from jaxcells.models import MODEL_NAMES, create_model
 from jaxcells.models.summary import summarize
 from jaxcells.text import by
 from jaxcells.training import mesh, optim, steps
 from jaxcells.training.state import create_train_state
 from jaxcells.workflows.prepare import PreparedData, prepare_data
-
-logger = logging.getLogger("jaxcells")
 
 
 def compare_gradients(config: ConfigDict, workdir: Workdir) -> None:
@@ -52,7 +49,13 @@ def compare_gradients(config: ConfigDict, workdir: Workdir) -> None:
       Error: the depth does not exist in all three kinds, or anything about images and batch size
         that a user can mend.
     """
-    names = _networks(config.model.name)
+    depth = re.sub(r"\D", "", config.model.name)
+    names = [f"{kind}{depth}" for kind in ("plain", "resnet", "preact")]
+    if missing := [name for name in names if name not in MODEL_NAMES]:
+        raise Error(
+            f"model.name={config.model.name!r}: there is no {' and no '.join(missing)} to compare "
+            "it with; choose a depth that plain has too, such as model.name=resnet18"
+        )
     mesh.local_rows(config.train.batch_size, mesh.make_mesh())
     mesh.warn_of_cpu()
     with lock_workdir(workdir.path):
@@ -82,7 +85,7 @@ def measure_gradients(
     images, labels = data.arrays["train"].images, data.arrays["train"].labels
     batch_size, sgd = config.train.batch_size, config.optim
     num_steps = config.train.num_epochs * num_batches(len(labels), batch_size)
-    rate = optim.make_schedule(sgd.schedule, learning_rate=sgd.learning_rate, num_steps=num_steps)
+    rate = optim.make_schedule(sgd.schedule, sgd.learning_rate, num_steps)
     optimizer = optim.make_optimizer(rate, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     tx = optax.chain(record_gradients(), optimizer)
     args = dict(config.model, name=name, norms=norms, num_classes=len(data.crop_set.class_names))
@@ -118,23 +121,6 @@ def record_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(
         init=lambda params: params, update=lambda grads, state, params=None: (grads, grads)
     )
-
-
-def _networks(name: str) -> list[str]:
-    """Returns the networks of the depth of `name`, one of each kind.
-
-    Raises:
-      Error: one of them does not exist.
-    """
-    names = [kind + re.sub(r"\D", "", name) for kind in ("plain", "resnet", "preact")]
-    missing = [name for name in names if name not in MODEL_NAMES]
-    if missing:
-        plain = [name for name in MODEL_NAMES if name.startswith("plain")]  # there are fewest
-        raise Error(
-            f"model.name={name!r}: there is no {' and no '.join(missing)} to compare it with; "
-            f"choose model.name={' or '.join(plain)}"
-        )
-    return names
 
 
 def _setting(config: ConfigDict, data: PreparedData) -> str:

@@ -4,7 +4,6 @@ Nothing here imports JAX: the verbs `crop` and `check` run on a machine without 
 """
 
 import dataclasses
-import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,9 +19,7 @@ from jaxcells.data.crops import CropSettings
 from jaxcells.data.sample import write_sample
 from jaxcells.data.tfds import export_images
 from jaxcells.evaluation.figures import plot_examples
-from jaxcells.files import Error, Workdir, lock_workdir
-
-logger = logging.getLogger("jaxcells")
+from jaxcells.files import Error, Workdir, lock_workdir, logger
 
 
 @dataclasses.dataclass(frozen=True)

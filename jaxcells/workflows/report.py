@@ -1,7 +1,6 @@
 """The verb `report`: what a run, a comparison or a cross-validation found, on one page."""
 
 import dataclasses
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +20,8 @@ from jaxcells.evaluation.metrics import SplitMetrics
 from jaxcells.evaluation.predictions import Predictions, read_predictions
 from jaxcells.evaluation.report import Study, write_report
 from jaxcells.evaluation.results import RunResults
-from jaxcells.files import Workdir, from_record, read_json
+from jaxcells.files import Workdir, from_record, logger, read_json
 from jaxcells.training.progress import read_metrics
-
-logger = logging.getLogger("jaxcells")
 
 
 def report(workdir: Workdir) -> None:
@@ -45,8 +42,8 @@ def report(workdir: Workdir) -> None:
 
 def _study_of_run(workdir: Workdir, **others: Any) -> Study:
     """Gathers what a run left; `others` is what to say otherwise or besides, see `Study`."""
-    results = from_record(RunResults, read_json(workdir.results), workdir.results)
     config, crop_set = read_json(workdir.config), open_crop_set(workdir.crops)
+    results = read_results(workdir)
     found: dict[str, Any] = {
         "kind": "run",
         "test": results.test,
@@ -99,6 +96,11 @@ def _study_of_folds(workdir: Workdir) -> Study:
         curves=(),
         parts=found["parts"],
     )
+
+
+def read_results(run: Workdir) -> RunResults:
+    """Reads the figures of a finished run."""
+    return from_record(RunResults, read_json(run.results), run.results)
 
 
 def predictions_of(run: Workdir, split: str) -> Predictions:

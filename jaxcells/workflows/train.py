@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_exampl
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
 from jaxcells.evaluation.results import RunResults, Timing
-from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
+from jaxcells.files import Error, Workdir, lock_workdir, logger, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.text import one_line
 from jaxcells.training import mesh
@@ -34,9 +33,7 @@ from jaxcells.training.loop import train
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.recipe import Recipe
 from jaxcells.workflows.prepare import PreparedData, prepare_crops, prepare_data
-from jaxcells.workflows.report import report
-
-logger = logging.getLogger("jaxcells")
+from jaxcells.workflows.report import read_results, report
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
@@ -52,13 +49,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
       Error: anything a user can mend.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
-    with keep_workdir(workdir):
+    with keep_workdir(workdir, "run"):
         check_config(config, workdir)
         if workdir.results.exists():
             before = read_json(workdir.config)["data"]
             if (config.data.root, config.data.sheet) != (before["root"], before["sheet"]):
                 prepare_crops(config, workdir)  # refuses other images than those of the run
-            results = from_record(RunResults, read_json(workdir.results), workdir.results)
+            results = read_results(workdir)
             logger.info("this run is finished; its results are in %s", workdir.results)
         else:
             init = find_start(config, workdir)
@@ -75,9 +72,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
 
 
 @contextlib.contextmanager
-def keep_workdir(workdir: Workdir) -> Iterator[None]:
-    """Of several processes the first one keeps the workdir for all, see `lock_workdir`."""
+def keep_workdir(workdir: Workdir, kind: str) -> Iterator[None]:
+    """Locks a workdir for something of a kind: the first of several processes does so for all.
+
+    Raises:
+      Error: another process holds it, or it is of something else.
+    """
+    kinds = {"comparison": workdir.experiments.is_dir(), "cross-validation": workdir.folds.is_dir()}
     with lock_workdir(workdir.path) if mesh.is_primary() else contextlib.nullcontext():
+        for other, is_there in {"run": workdir.is_trained, **kinds}.items():
+            if is_there and other != kind:
+                raise Error(f"{workdir} is the workdir of a {other}; choose another workdir")
         yield
 
 
@@ -87,9 +92,6 @@ def check_config(config: ConfigDict, workdir: Workdir) -> None:
     Raises:
       Error: names the keys that differ.
     """
-    for folder, what in ((workdir.experiments, "comparison"), (workdir.folds, "cross-validation")):
-        if folder.is_dir():
-            raise Error(f"{workdir} is the workdir of a {what}; choose another workdir")
     if workdir.is_trained:
         changed = differences(ConfigDict(read_json(workdir.config)), config)
         if changed:
@@ -115,12 +117,8 @@ def find_start(config: ConfigDict, workdir: Workdir) -> Initialization:
     check_patterns(recipe.freeze, recipe.multipliers, shapes["params"])
     if list_steps(workdir.checkpoints) or workdir.results.exists():
         return Initialization("random")
-    init = find_initialization(
-        config.init,
-        config.model.name,
-        random_if_missing=data_source(config) == "sample",
-        conv1=config.init_conv1,
-    )
+    name, conv1, is_sample = config.model.name, config.init_conv1, data_source(config) == "sample"
+    init = find_initialization(config.init, name, conv1, random_if_missing=is_sample)
     if recipe.freeze and (init.kind == "random" or init.conv1 == "fresh"):
         logger.warning(
             "optim.freeze keeps layers that start at random, and have learnt nothing; start from "
@@ -184,11 +182,8 @@ def train_run(
         write_json(workdir.environment, environment)
     train_arrays = with_fraction(data.arrays["train"], config.data.fraction, seed=data_seed(config))
     arrays = {**data.arrays, "train": train_arrays}
-    return train(
-        *(make_recipe(config), data.crop_set, arrays, init, workdir),
-        prepare_s=data.seconds,
-        compiled=compiled,
-    )
+    recipe = make_recipe(config)
+    return train(recipe, data.crop_set, arrays, init, workdir, data.seconds, compiled)
 
 
 def open_test_split(
@@ -210,16 +205,15 @@ def open_test_split(
     start = time.monotonic()
     network = predict.load_network(workdir, "best", compiled)
     meta, arrays = network.meta, data.arrays
-    train, test = arrays["train"], arrays["test"]
+    train = arrays["train"]
     validation, val_compile_s, val_s = predict.predict_split(network, arrays["val"])
     calibration = predict.calibrate(network, validation, workdir)
     if mesh.is_primary():
         write_json(workdir.calibration, dataclasses.asdict(calibration))
     opened = predict.write_history(workdir, "train", "test", meta.step) if mesh.is_primary() else 0
     tested, test_compile_s, test_s = predict.predict_split(network, arrays["test"])
-    evaluate_s = val_s + test_s
     validation, tested = map(calibration.apply, (validation, tested))
-    baselines = baseline_predictions(train.images, train.labels, test.images)
+    baselines = baseline_predictions(train.images, train.labels, arrays["test"].images)
     tested = dataclasses.replace(tested, baselines=baselines)
     batches = find_groups(tested.sources.tolist(), config.data.batch_by, "data.batch_by")
     test_metrics = split_metrics(tested, seed=meta.seed)
@@ -238,10 +232,10 @@ def open_test_split(
             features_s=progress.features_s,
             train_s=progress.train_s,
             typical_train_s=progress.typical_train_s(config.optim.freeze_epochs),
-            evaluate_s=evaluate_s,
+            evaluate_s=val_s + test_s,
             total_s=progress.total_s + time.monotonic() - start,
             train_images_per_second=progress.images / progress.train_s,
-            eval_images_per_second=(len(validation.labels) + len(tested.labels)) / evaluate_s,
+            eval_images_per_second=(len(validation.labels) + len(tested.labels)) / (val_s + test_s),
         ),
         memory={"train_step_bytes": progress.step_bytes},
         best_step=meta.step,

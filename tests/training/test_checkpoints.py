@@ -130,7 +130,7 @@ def test_what_is_not_there_is_named_with_what_is(tmp_path):
         checkpoints.restore(tmp_path / "none", tiny_state())
     save(tmp_path, 2)
     assert checkpoints.best_step(tmp_path) is None
-    with pytest.raises(Error, match=r"none is the best.*choose a step of 2"):
+    with pytest.raises(Error, match=r"no validated checkpoint in .*choose a step of 2"):
         checkpoints.restore_variables(tmp_path)
     with pytest.raises(Error, match=f"no checkpoint of step 7 in {tmp_path}: choose a step of 2"):
         checkpoints.restore(tmp_path, tiny_state(), 7)
@@ -223,9 +223,9 @@ def test_a_failed_write_is_reported_at_once_and_harms_nothing(tmp_path):
 def test_what_is_not_finite_is_never_saved(tmp_path, value):
     state = jax.tree.map(jnp.array, tiny_state())
     state.params["fc"]["bias"] = jnp.array([0, value, 0], jnp.float32)
-    with pytest.raises(Error, match="params/fc/bias is not finite at step 0; try a lower"):
+    with pytest.raises(Error, match=r"params/fc/bias is not finite at step 0, .*; try a lower"):
         checkpoints.save(tmp_path, state, make_meta())
-    with pytest.raises(Error, match="validation loss is not finite at step 4"):
+    with pytest.raises(Error, match="validation/loss is not finite at step 4"):
         save(tmp_path, 4, accuracy=0.5, loss=value)
     assert checkpoints.list_steps(tmp_path) == []
 

@@ -71,7 +71,7 @@ def test_the_frozen_prefix_ends_at_the_first_parameter_that_learns(params, freez
 
 def start(freeze, **settings):
     """A state and a compiled step of training."""
-    schedule = make_schedule("constant", learning_rate=0.1, num_steps=1)
+    schedule = make_schedule("constant", 0.1, 1)
     tx = make_optimizer(schedule, freeze=freeze, **settings)
     state = create_train_state(Tiny(), tx, sample_shape=(1, 8, 8, 1), key=jax.random.key(1))
     return state, jax.jit(make_train_step(normalize, freeze=freeze))

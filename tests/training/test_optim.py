@@ -36,7 +36,7 @@ def test_updates_are_those_of_torch_with_decay_of_kernels_alone(schedule, moment
     weight_decay = {"kernel": decay, "bias": 0.0, "scale": 0.0}
     expected = torch_sgd(params, grads, rates, momentum=momentum, weight_decay=weight_decay)
 
-    rate = make_schedule(schedule, learning_rate=0.05, num_steps=8)
+    rate = make_schedule(schedule, 0.05, 8)
     tx = make_optimizer(rate, momentum=momentum, weight_decay=decay)
     opt_state = tx.init({"bn1": params})
     for step_grads in grads:
@@ -50,7 +50,7 @@ def test_multipliers_scale_the_update_and_the_first_match_counts():
     factors = {"conv1": 1.0, "layer3_0": 0.0, "layer4_0": 0.5, "fc": 10.0}
     ones = {layer: {"kernel": np.ones(1, np.float32)} for layer in factors}
     multipliers = (("fc", 10.0), ("layer4_0", 0.5), ("layer", 0.0), ("f", 99.0))
-    schedule = make_schedule("constant", learning_rate=0.125, num_steps=1)
+    schedule = make_schedule("constant", 0.125, 1)
     tx = make_optimizer(schedule, multipliers=multipliers)
     updates, _ = tx.update(ones, tx.init(ones), ones)
     assert {layer: float(u["kernel"][0]) / -0.125 for layer, u in updates.items()} == factors

@@ -46,7 +46,7 @@ predict_step = jax.jit(make_predict_step(normalize, has_segments=False))
 
 @functools.cache
 def tiny_state(model=None, *, momentum=0.9):
-    schedule = optim.make_schedule("constant", learning_rate=0.1, num_steps=1)
+    schedule = optim.make_schedule("constant", 0.1, 1)
     tx = optim.make_optimizer(schedule, momentum=momentum)
     return create_train_state(model or Tiny(), tx, sample_shape=(1, 8, 8, 1), key=jax.random.key(0))
 

@@ -332,7 +332,7 @@ def test_other_crops_another_config_and_workdirs_of_runs_are_refused(
     with pytest.raises(Error, match="is the workdir of a comparison"):
         train.train_and_evaluate(four[0].config, finished)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(Error, match="is the workdir of a single run; choose another workdir"):
+    with pytest.raises(Error, match="is the workdir of a run; choose another workdir"):
         compare(base, four, Workdir(tmp_path))
 
 

@@ -19,13 +19,14 @@ from jaxcells.data.crop_set import open_crop_set
 from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import classification_metrics
-from jaxcells.files import Error, Workdir, from_record, read_json
+from jaxcells.files import Error, Workdir, from_record, read_json, write_json
 from jaxcells.training import signals
 from jaxcells.training.checkpoints import list_steps
 from jaxcells.training.signals import Interrupted
 from jaxcells.workflows import train
+from jaxcells.workflows.compare import compare
 from jaxcells.workflows.cross_validate import cross_validate
-from jaxcells.workflows.report import pool_folds
+from jaxcells.workflows.report import pool_folds, report
 from tests.data.folders import textured, write_image
 
 STEPS = 6  # two epochs of 24 crops in batches of 8
@@ -129,6 +130,17 @@ def test_the_report_is_of_all_folds_together(finished):
         assert part in text
 
 
+def test_the_report_is_of_batches_where_all_other_folds_failed(finished, tmp_path):
+    copy = Workdir(shutil.copytree(finished.path, tmp_path / "copy"))
+    path = copy.cross_validation / "results.json"
+    found = read_json(path)
+    for part in ("pooled", "evidence"):
+        del found[part]["within batches"]
+    write_json(path, found)
+    report(copy)
+    assert "of 40 crops from 2 independent" in copy.report.read_text()
+
+
 @pytest.mark.slow
 def test_killed_in_a_fold_and_resumed_gives_the_same_predictions(finished, arguments, tmp_path):
     root, workdir = arguments[0].data.root, Workdir(tmp_path)
@@ -211,8 +223,10 @@ def test_workdirs_of_something_else_and_other_settings_are_refused(finished, arg
     with pytest.raises(Error, match="is the workdir of a cross-validation"):
         train.train_and_evaluate(config, finished)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(Error, match="is the workdir of a run or comparison"):
+    with pytest.raises(Error, match="is the workdir of a run; choose"):
         cross_validate(config, folds, keep_test, Workdir(tmp_path))
+    with pytest.raises(Error, match="is the workdir of a cross-validation"):
+        compare(config, [], finished)
 
 
 def test_all_folds_are_checked_before_the_first_is_trained(arguments, tmp_path, monkeypatch):
