@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
 
-from jaxcells.evaluation import figures
 from jaxcells.evaluation.comparison import Estimate
 from jaxcells.evaluation.comparison_table import Row
-from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_wide, save_figure
+from jaxcells.evaluation.figures import (
+    COLORS,
+    PAGE,
+    draw_references,
+    epoch_curve,
+    log_axis_if_wide,
+)
 from jaxcells.text import shortened_apart
 
 # More experiments than colours take the next line style.
@@ -30,13 +34,8 @@ _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 
-def plot_accuracy_against_time(rows: Sequence[Row], path: Path, **references: float | None) -> None:
-    """Write `draw_accuracy_against_time` as a PNG."""
-    save_figure(draw_accuracy_against_time(rows, **references), path, dpi=300)
-
-
 @rc_context(PAGE)
-def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) -> Figure:
+def draw_accuracy_against_time(rows: Sequence[Row], references: Mapping[str, float]) -> Figure:
     """Draw balanced accuracy with its 95 % interval against the training time.
 
     Validation, by which the choice is made, is a filled disc; test, a hollow square beside it. The
@@ -44,7 +43,7 @@ def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) 
 
     Args:
       rows: the experiments.
-      **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
+      references: "chance" and "brightness" in balanced accuracy, see `draw_references`.
     """
     longest = max(row.train_s for row in rows)
     unit, seconds, _ = next(entry for entry in _UNITS if longest <= entry[2])
@@ -61,7 +60,7 @@ def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) 
             axes.plot(x, y, "o", ms=14, mfc="none", mec=style["color"], mew=1.6)
         keys.append(Line2D([], [], marker="o", ms=6, label=name, **style))
     axes.margins(x=0.08)
-    figures.draw_references(axes, **references)
+    draw_references(axes, references)
     axes.set(xlabel=f"training time ({unit})", ylabel="balanced accuracy")
     grey: dict[str, Any] = {"color": "#555555", "linestyle": "none"}
     keys += [
@@ -74,16 +73,9 @@ def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) 
     return figure
 
 
-def plot_curves_together(
-    records: Mapping[str, Sequence[Records]], path: Path, **references: float | None
-) -> None:
-    """Write `draw_curves_together` as a PNG."""
-    save_figure(draw_curves_together(records, **references), path, dpi=300)
-
-
 @rc_context(PAGE)
 def draw_curves_together(
-    records: Mapping[str, Sequence[Records]], **references: float | None
+    records: Mapping[str, Sequence[Records]], references: Mapping[str, float]
 ) -> Figure:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
@@ -91,7 +83,7 @@ def draw_curves_together(
 
     Args:
       records: {experiment: for each seed the lines of metrics.jsonl}.
-      **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
+      references: "chance" and "brightness" in balanced accuracy, see `draw_references`.
     """
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
@@ -100,7 +92,7 @@ def draw_curves_together(
         _draw_seeds(loss_axes, seeds, "train", "loss", style)
         _draw_seeds(accuracy_axes, seeds, "val", "balanced_accuracy", style)
         keys.append(Line2D([], [], lw=1.6, label=name, **style))
-    figures.draw_references(accuracy_axes, **references)
+    draw_references(accuracy_axes, references)
     keys += accuracy_axes.get_legend_handles_labels()[0]
     losses = [loss for line in loss_axes.get_lines() for loss in line.get_ydata()]
     log_axis_if_wide(loss_axes.yaxis, losses)
@@ -113,12 +105,11 @@ def draw_curves_together(
 
 
 @rc_context(PAGE)
-def plot_learning_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
+def draw_learning_curves(curves: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw validation balanced accuracy with its 95 % interval against the training images.
 
     Args:
       curves: {what was trained: its rows, by their number of training images}.
-      path: where the PNG goes.
     """
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -133,7 +124,7 @@ def plot_learning_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> Non
     axes.minorticks_off()
     axes.set(xlabel="training images", ylabel="balanced accuracy, validation")
     axes.legend(loc="lower right")
-    save_figure(figure, path, dpi=300)
+    return figure
 
 
 def _draw_seeds(

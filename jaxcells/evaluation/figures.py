@@ -1,4 +1,4 @@
-"""curves.png, confusion.png and sheets of example crops (matplotlib, no display needed)."""
+"""Curves, confusion.png and sheets of example crops (matplotlib, no display needed)."""
 
 import itertools
 import operator
@@ -50,17 +50,10 @@ _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-def plot_curves(
-    records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int, **references: float | None
-) -> None:
-    """Writes `draw_curves` as a PNG."""
-    save_figure(draw_curves(records, references, best_step=best_step), path)
-
-
 @matplotlib.rc_context(PAGE)
 def draw_curves(
     records: Sequence[Mapping[str, Any]],
-    references: Mapping[str, float | None],
+    references: Mapping[str, float],
     *,
     best_step: int,
     stacked: bool = False,
@@ -92,7 +85,7 @@ def draw_curves(
             axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
         axes.set(title=key.capitalize(), xlabel="epoch", ylabel="nats" if key == "loss" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    draw_references(panels[1], **references)
+    draw_references(panels[1], references)
     for axes in panels:
         axes.legend(frameon=True, framealpha=0.9, edgecolor="none")  # lines may run below it
     train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
@@ -103,19 +96,18 @@ def draw_curves(
     return figure
 
 
-def draw_references(axes: Axes, **references: float | None) -> None:
+def draw_references(axes: Axes, references: Mapping[str, float]) -> None:
     """Draws what an accuracy must beat as horizontal lines that explain themselves.
 
     Args:
       axes: whose y axis is an accuracy.
-      **references: `chance`, the accuracy of guessing, such as 1 / K; and `brightness`, that of
-        brightness and contrast alone on the test split. None draws no line.
+      references: "chance", the accuracy of guessing, such as 1 / K; and "brightness", that of
+        brightness and contrast alone on the test split.
     """
     for key, value in references.items():
         name, linestyle = _REFERENCES[key]
-        if value is not None:
-            label = f"{name} ({value:.3f})"
-            axes.axhline(value, color="#777777", lw=1, ls=linestyle, label=label)
+        label = f"{name} ({value:.3f})"
+        axes.axhline(value, color="#777777", lw=1, ls=linestyle, label=label)
 
 
 def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:

@@ -17,10 +17,16 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import Experiment, data_seed, differences
 from jaxcells.data.arrays import with_fraction
-from jaxcells.evaluation import comparison_figures, comparison_table, predict
+from jaxcells.evaluation import comparison_table, predict
 from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
+from jaxcells.evaluation.comparison_figures import (
+    draw_accuracy_against_time,
+    draw_curves_together,
+    draw_learning_curves,
+)
 from jaxcells.evaluation.comparison_table import Row, Table
+from jaxcells.evaluation.figures import save_figure
 from jaxcells.evaluation.predictions import read_predictions
 from jaxcells.evaluation.results import RunResults
 from jaxcells.files import Error, Workdir, from_record, lock_workdir, read_json, write_json
@@ -222,10 +228,16 @@ def write_comparison(
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)
-    comparison_figures.plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
-    comparison_figures.plot_curves_together(_by_name(done, records), folder / "curves.png")
+    reached = baselines["brightness"].balanced_accuracy
+    levels = {"chance": 1 / len(data.crop_set.class_names), "brightness": reached}
+    pictures = {
+        "accuracy_against_time": draw_accuracy_against_time(rows, levels),
+        "curves": draw_curves_together(_by_name(done, records), levels),
+    }
     if curves:
-        comparison_figures.plot_learning_curves(curves, folder / "learning_curve.png")
+        pictures["learning_curve"] = draw_learning_curves(curves)
+    for name, picture in pictures.items():
+        save_figure(picture, folder / f"{name}.png", dpi=300)
     everything = {
         "choice": dataclasses.asdict(choice),
         "experiments": [dataclasses.asdict(row) for row in rows],
