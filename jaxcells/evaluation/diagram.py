@@ -187,12 +187,10 @@ def _draw_stage(axes: Axes, x: float, top: float, drawn: Sequence[tuple[_Block, 
         y += _LEAD + _SUM
         if block.shortcut != "none":
             _shortcut(axes, center, fork, y, _BOX_WIDTH / 2 + _REACH, block.shortcut)
-        if count > 1:  # sheets of paper under a block that stands for many
-            for aside in (0.1, 0.05, 0):
-                at, size = (x + 0.05 + aside, fork - 0.05 + aside), (_PANEL - 0.18, y + 0.22 - fork)
-                _rectangle(axes, at, size, "white", radius=0.08, zorder=1, lw=0.4)
+        if count > 1:  # a frame around a block that stands for many
+            at, size = (x + 0.05, fork - 0.05), (_PANEL - 0.1, y + 0.22 - fork)
+            _rectangle(axes, at, size, "white", radius=0.08, zorder=1, lw=0.4)
             _text(axes, center - 0.15, y, f"×{count}", weight="bold", ha="right")
-            y += 0.1
         y += _SUM + 0.1
     bottom = y + 0.08
     _wire(axes, [(center, start), (center, bottom)])
@@ -253,9 +251,9 @@ def _draw_legend(axes: Axes, x: float, y: float, block: _Block, *, shortcuts: bo
             _text(axes, x + 1.5, y, text, ha="left")
             y += 0.4
     _box(axes, x + 0.65, y - _BOX_HEIGHT / 2, "k×k, C, /s", _BOX_COLORS[0], 1.3)
-    _text(axes, x + 1.5, y, "k×k convolution, C channels, stride s,", ha="left")
     order = "preceded" if block.preactivation else "followed"
-    _text(axes, x + 1.5, y + 0.32, f"{order} by norm and relu", ha="left")
+    meaning = f"k×k convolution, C channels, stride s,\n{order} by norm and relu"
+    _text(axes, x + 1.5, y - 0.12, meaning, ha="left", va="top")
     return y + 0.5
 
 
@@ -283,22 +281,11 @@ def _rectangle(axes: Axes, at: _XY, size: _XY, color: str, radius: float, **styl
 
 
 def _wire(axes: Axes, points: Sequence[_XY], *, arrow: bool = False, **style: Any) -> None:
-    """Draws a line from point to point with rounded corners."""
-    vertices, codes = [points[0]], [Outline.MOVETO]
-    for before, corner, after in zip(points, points[1:], points[2:], strict=False):
-        vertices += [_toward(corner, before), corner, _toward(corner, after)]
-        codes += [Outline.LINETO, Outline.CURVE3, Outline.CURVE3]
-    outline = Outline([*vertices, points[-1]], [*codes, Outline.LINETO])
+    """Draws a line from point to point."""
     head = "-|>,head_length=0.45,head_width=0.18" if arrow else "-"
-    look: dict[str, Any] = {"color": _INK, "lw": 0.7, "zorder": 2, "joinstyle": "miter"} | style
-    axes.add_patch(FancyArrowPatch(path=outline, arrowstyle=head, mutation_scale=7, **look))
-
-
-def _toward(start: _XY, end: _XY) -> _XY:
-    """Returns the point 1 mm from `start` on the way to `end`, or half-way if that is nearer."""
-    dx, dy = end[0] - start[0], end[1] - start[1]
-    share = min(0.5, 0.1 / max(abs(dx), abs(dy)))  # lines run along one axis
-    return start[0] + share * dx, start[1] + share * dy
+    look: dict[str, Any] = {"color": _INK, "lw": 0.7, "zorder": 2, "joinstyle": "round"} | style
+    way = FancyArrowPatch(path=Outline(points), arrowstyle=head, mutation_scale=7, **look)
+    axes.add_patch(way)
 
 
 def _text(axes: Axes, x: float, y: float, text: str, *, size: float = _SMALL, **style: Any) -> None:
