@@ -185,12 +185,10 @@ def field_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
       predictions: of crops; all of a field are of its class.
       seed: of the replicates.
     """
-    _, first, field = np.unique(predictions.sources, return_index=True, return_inverse=True)
-    sums = np.zeros((len(first), len(predictions.class_names)))
-    np.add.at(sums, field, predictions.probabilities)
+    first, _, means = predictions.field_means(predictions.probabilities)
     crops = predictions.split(seed)
     fields = dataclasses.replace(crops, labels=crops.labels[first], groups=crops.groups[first])
-    return classification_metrics(sums / np.bincount(field)[:, None], fields)
+    return classification_metrics(means, fields)
 
 
 def confusion_figures(confusion: Array) -> dict[str, Array]:
@@ -333,15 +331,12 @@ def summary_table(metrics: SplitMetrics, title: str) -> str:
         rows.append([name, *ratios, str(row.support)])
     lines = [
         shortened(title, _WIDTH),
-        f"{metrics.num_crops} crops from {metrics.num_fields} independent fields (groups)",
+        f"{metrics.num_crops} crops from {metrics.num_fields} independent fields (groups); "
+        "95 % intervals over these",
         f"\n{text_table(header, rows, width=_WIDTH)}\n",
+        *(f"{key.replace('_', ' ')} {metrics.scores[key]}" for key in _SUMMARY),
+        f"loss {metrics.loss:.3f}",
     ]
-    for key in _SUMMARY:
-        value, (low, high) = metrics.scores[key].value, metrics.scores[key].interval_95
-        if value is not None:
-            interval = "none" if low is None else f"{low:.3f} to {high:.3f}"
-            lines.append(f"{key.replace('_', ' ')} {value:.3f}, 95 % interval {interval}")
-    lines.append(f"loss {metrics.loss:.3f}")
     absent = f"not in this split: {', '.join(metrics.absent_classes)}"
     notes = [metrics.interval_note, absent if metrics.absent_classes else None]
     lines += [textwrap.fill(f"note: {note}", _WIDTH) for note in notes if note]

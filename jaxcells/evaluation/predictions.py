@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy.special import softmax
 
 from jaxcells.data.crop_set import CropRecord
-from jaxcells.evaluation.bootstrap import Split
+from jaxcells.evaluation.bootstrap import Array, Ints, Split
 from jaxcells.files import Error, write_csv
 
 _ARRAYS = ("logits", "temperature", "unknown", "features", "folds")
@@ -73,6 +73,13 @@ class Predictions:
     def sources(self) -> npt.NDArray[np.str_]:
         """The image of every crop, [N]."""
         return np.array([record.source for record in self.records])
+
+    def field_means(self, values: Array) -> tuple[Ints, Ints, Array]:
+        """The first crop of every field [F], its number of crops [F], means [F, K] of [N, K]."""
+        _, first, field = np.unique(self.sources, return_index=True, return_inverse=True)
+        sums, counts = np.zeros((len(first), values.shape[1])), np.bincount(field)
+        np.add.at(sums, field, values)
+        return first, counts, sums / counts[:, None]
 
     def split(self, seed: int) -> Split:
         """What figures and their intervals are computed from; `seed` is of the bootstrap."""
