@@ -4,12 +4,11 @@ import base64
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.preprocessing import normalize
 
-from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Split, weights_of
+from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Bools, Split, weights_of
 from jaxcells.evaluation.metrics import Score
 from jaxcells.evaluation.predictions import Predictions
 
@@ -93,7 +92,7 @@ def fit_calibration(validation: Predictions, checkpoint: int) -> Calibration:
     return Calibration(checkpoint, temperature, "nearest neighbour", threshold, stored)
 
 
-def _directions(predictions: Predictions) -> npt.NDArray[np.float64]:
+def _directions(predictions: Predictions) -> Array:
     """The features of every crop, scaled to length 1, [N, D]."""
     assert predictions.features is not None, "networks of several folds share no features"
     return normalize(predictions.features.astype(np.float64))
@@ -158,9 +157,7 @@ def reliability(predictions: Predictions, *, seed: int) -> Reliability:
     return Reliability(raw[0], calibrated[0], raw[1], calibrated[1])
 
 
-def _binned(
-    confidence: Array, right: npt.NDArray[np.bool_], split: Split
-) -> tuple[tuple[Bin, ...], Score]:
+def _binned(confidence: Array, right: Bools, split: Split) -> tuple[tuple[Bin, ...], Score]:
     """The bins of a reliability diagram, and the expected calibration error."""
     inner_edges = np.linspace(0, 1, _NUM_BINS + 1)[1:-1]
     members = np.searchsorted(inner_edges, confidence) == np.arange(_NUM_BINS)[:, None]

@@ -1,11 +1,11 @@
 """Eight lights on a tested network: what can be trusted, what to look at, what is not known."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jaxcells.data.audit import Audit
 from jaxcells.evaluation.evidence import Evidence
+from jaxcells.evaluation.figures import Records
 from jaxcells.evaluation.metrics import SplitMetrics
 from jaxcells.text import counted
 
@@ -48,11 +48,7 @@ class Check:
 
 
 def run_checks(
-    test: SplitMetrics,
-    evidence: Evidence,
-    audit: Audit,
-    curves: Sequence[Mapping[str, Any]],
-    split_by: str,
+    test: SplitMetrics, evidence: Evidence, audit: Audit, curves: Records, split_by: str
 ) -> tuple[Check, ...]:
     """Looks at eight things that make figures worthless, or more modest than they seem.
 
@@ -147,7 +143,7 @@ def _calibration(evidence: Evidence) -> tuple[Light, str]:
     return light, f"calibrated probabilities are off by {error} on average"
 
 
-def _convergence(curves: Sequence[Mapping[str, Any]], chance: float) -> tuple[Light, str]:
+def _convergence(curves: Records, chance: float) -> tuple[Light, str]:
     val = [record for record in curves if record["split"] == "val"]
     if len(val) < 2:
         return "unmeasured", "no curves of a single training: see the runs behind these figures"

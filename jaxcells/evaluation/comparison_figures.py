@@ -20,6 +20,7 @@ from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.figures import (
     COLORS,
     PAGE,
+    Records,
     draw_references,
     epoch_curve,
     log_axis_if_wide,
@@ -30,8 +31,6 @@ from jaxcells.text import shortened_apart
 LINE_STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
 # Units of time, and the seconds up to which each is used.
 _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
-
-Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 
 @rc_context(PAGE)

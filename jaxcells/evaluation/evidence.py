@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.metrics import silhouette_samples
 
 from jaxcells.evaluation.baseline import BASELINES
-from jaxcells.evaluation.bootstrap import Split
+from jaxcells.evaluation.bootstrap import Bools, Split
 from jaxcells.evaluation.calibration import Reliability, reliability
 from jaxcells.evaluation.comparison import Estimate, estimate, paired_difference
 from jaxcells.evaluation.metrics import Score, SplitMetrics, field_metrics
@@ -177,9 +176,7 @@ def _subsets(
     }
 
 
-def _subset(
-    name: np.str_, rows: npt.NDArray[np.bool_], tested: Predictions, split: Split
-) -> Subset:
+def _subset(name: np.str_, rows: Bools, tested: Predictions, split: Split) -> Subset:
     groups = split.groups[rows]
     units = groups if len(set(groups)) > 1 else tested.sources[rows]
     part = dataclasses.replace(split, labels=split.labels[rows], groups=units)

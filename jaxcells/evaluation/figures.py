@@ -23,6 +23,8 @@ from jaxcells.text import natural, shortened_apart
 # orange, sky blue, black; without the yellow, which is lost on white.
 COLORS = tuple(to_hex(matplotlib.color_sequences["okabe_ito"][n]) for n in (5, 6, 3, 7, 1, 2, 0))
 
+Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
+
 PAGE: Any = {  # how curves look, whose letters are in points at the width of a page
     "axes.grid": True,
     "axes.spines.right": False,
@@ -40,10 +42,6 @@ _STYLE: dict[str, dict[str, Any]] = {  # the lines differ in grey too
 _WORTH_A_LOGARITHM = 4  # ratio of the largest to the smallest value
 _REFERENCES = {"chance": ("chance", ":"), "brightness": ("brightness alone, test", "-.")}
 _DARK = 128  # 8-bit images are, if 99.5 % of their pixels are below this
-_SWING_EXPLAINED = (
-    "With batch norm, validation often swings in the first epochs: it uses running statistics, "
-    "which lag behind a network that still changes fast."
-)
 # Class names come from folders: "$" and "_" in them are letters, not formulas.
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 # Colours of the channels, by their number; magenta and green, as red and green look alike to many.
@@ -52,16 +50,11 @@ _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0,
 
 @matplotlib.rc_context(PAGE)
 def draw_curves(
-    records: Sequence[Mapping[str, Any]],
-    references: Mapping[str, float],
-    *,
-    best_step: int,
-    stacked: bool = False,
+    records: Records, references: Mapping[str, float], *, best_step: int, stacked: bool = False
 ) -> Figure:
     """Draws loss and accuracy against the epoch, for training and validation.
 
-    The loss has a logarithmic axis where it asks for one. A validation loss that swings far above
-    all training losses in the first epochs is explained below the curves.
+    The loss has a logarithmic axis where it asks for one.
 
     Args:
       records: the lines of metrics.jsonl, each with step, epoch, split ("train" or "val"), loss
@@ -88,11 +81,7 @@ def draw_curves(
     draw_references(panels[1], references)
     for axes in panels:
         axes.legend(frameon=True, framealpha=0.9, edgecolor="none")  # lines may run below it
-    train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
-    log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
-    if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
-        text = textwrap.fill(_SWING_EXPLAINED, 70) if stacked else _SWING_EXPLAINED
-        figure.supxlabel(text, fontsize=8, color="#555555")
+    log_axis_if_wide(panels[0].yaxis, [*curves["train"]["loss"], *curves["val"]["loss"]])
     return figure
 
 
@@ -237,7 +226,7 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
 
 
 def epoch_curve(
-    records: Sequence[Mapping[str, Any]], split: str, keys: Sequence[str] = ("loss", "accuracy")
+    records: Records, split: str, keys: Sequence[str] = ("loss", "accuracy")
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Columns epoch, step and `keys` of one split of metrics.jsonl, one row per epoch."""
     by_step = {record["step"]: record for record in records if record["split"] == split}

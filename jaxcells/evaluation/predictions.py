@@ -38,29 +38,29 @@ class Predictions:
     records: tuple[CropRecord, ...]
     class_names: tuple[str, ...]
     logits: npt.NDArray[np.float32]
-    temperature: npt.NDArray[np.float64]
-    unknown: npt.NDArray[np.float64]
+    temperature: Array
+    unknown: Array
     features: npt.NDArray[np.float32] | None
-    baselines: Mapping[str, npt.NDArray[np.int64]] = dataclasses.field(default_factory=dict)
-    folds: npt.NDArray[np.int64] | None = None
+    baselines: Mapping[str, Ints] = dataclasses.field(default_factory=dict)
+    folds: Ints | None = None
 
     @functools.cached_property
-    def labels(self) -> npt.NDArray[np.int64]:
+    def labels(self) -> Ints:
         """The true classes, int [N]."""
         return np.array([self.class_names.index(r.label) for r in self.records], np.int64)
 
     @functools.cached_property
-    def predicted(self) -> npt.NDArray[np.int64]:
+    def predicted(self) -> Ints:
         """The most probable classes, int [N]; calibration does not change them."""
         return self.logits.argmax(axis=1)
 
     @functools.cached_property
-    def probabilities(self) -> npt.NDArray[np.float64]:
+    def probabilities(self) -> Array:
         """Those of the network as it was trained, [N, K]."""
         return softmax(self.logits.astype(np.float64), axis=1)
 
     @functools.cached_property
-    def calibrated(self) -> npt.NDArray[np.float64]:
+    def calibrated(self) -> Array:
         """Probabilities at the temperature, [N, K]."""
         return softmax(self.logits / self.temperature[:, None], axis=1)
 
