@@ -11,7 +11,7 @@ from jaxcells.text import counted
 
 Light = Literal["good", "look", "bad", "unmeasured"]
 
-# Names of the checks in their order, and what to do.
+# What to do about each.
 _ADVICE = {
     "independent fields": "take more images; say what they share (slide, day) by data.split_by",
     "leaks": "resized or recompressed copies of images go unnoticed: leave such out yourself",
@@ -63,18 +63,17 @@ def run_checks(
         the image folder brought its own split.
     """
     chance = 1 / sum(number > 0 for number in evidence.units.values())
-    found = (
-        _independence(evidence, split_by),
-        _leaks(audit, split_by),
-        _shortcuts(evidence, audit, chance),
-        _baselines(evidence),
-        _calibration(evidence),
-        _convergence(curves, chance),
-        _amounts(test, audit),
-        _unknowns(evidence),
-    )
-    checks = zip(_ADVICE.items(), found, strict=True)
-    return tuple(Check(name, light, reason, advice) for (name, advice), (light, reason) in checks)
+    found = {
+        "independent fields": _independence(evidence, split_by),
+        "leaks": _leaks(audit, split_by),
+        "shortcuts": _shortcuts(evidence, audit, chance),
+        "baseline beaten": _baselines(evidence),
+        "calibration": _calibration(evidence),
+        "convergence": _convergence(curves, chance),
+        "few crops": _amounts(test, audit),
+        "unknowns": _unknowns(evidence),
+    }
+    return tuple(Check(name, *lit, _ADVICE[name]) for name, lit in found.items())
 
 
 def _independence(evidence: Evidence, split_by: str) -> tuple[Light, str]:

@@ -101,8 +101,8 @@ def plot_network(
     example = next(b for a, b in itertools.pairwise(blocks) if a.stage == b.stage)
     kind = "pre-activation unit" if example.preactivation else "residual block"
     titles = (kind, "its plain twin") if shortcuts else ("plain block", "its residual twin")
-    y = _draw_twin(axes, left, titles[0], example, shortcut=shortcuts)
-    _draw_twin(axes, left + _TWIN, titles[1], example, shortcut=not shortcuts)
+    _draw_twin(axes, left, titles[0], example, shortcut=shortcuts)
+    y = _draw_twin(axes, left + _TWIN, titles[1], example, shortcut=not shortcuts)
     y = _draw_legend(axes, left, y + 0.5, example, shortcuts=shortcuts)
 
     width, height = left + 2 * _TWIN, max(lowest, y) + 0.05
@@ -137,11 +137,9 @@ def _operations(layer: Layer) -> tuple[str, ...]:
 def _label(layer: Layer, conv: str = "") -> str:
     """What stands in the box of a layer; `conv` follows the kernel of a convolution."""
     conv = f"{layer.kernel}×{layer.kernel}{conv}"
-    names = {"conv": conv, "norm": "norm, relu", "mean": "global mean"}
-    label = names.get(layer.kind, layer.kind)
-    if layer.kind in ("conv", "dense"):
-        label += f", {layer.output[-1]}"
-    return label + (f", /{layer.stride}" if layer.stride > 1 else "")
+    label = {"conv": conv, "norm": "norm, relu", "mean": "global mean"}.get(layer.kind, layer.kind)
+    channels = f", {layer.output[-1]}" if layer.kind in ("conv", "dense") else ""
+    return label + channels + (f", /{layer.stride}" if layer.stride > 1 else "")
 
 
 def _folded(blocks: Sequence[_Block]) -> list[tuple[_Block, int]]:
@@ -271,8 +269,7 @@ def _shortcut(axes: Axes, x: float, fork: float, y: float, reach: float, kind: s
     way = [(x, fork), (side, fork), (side, y), (x + _SUM, y)]
     _wire(axes, way, arrow=True, color="black", lw=0.9, linestyle=_LINES[kind])
     axes.add_patch(Circle((x, y), _SUM, facecolor="white", edgecolor=_INK, lw=0.7, zorder=3))
-    for dx, dy in ((0.6 * _SUM, 0), (0, 0.6 * _SUM)):
-        axes.plot([x - dx, x + dx], [y - dy, y + dy], color=_INK, lw=0.7, zorder=4)
+    axes.plot(x, y, "+", color=_INK, ms=3, mew=0.7, zorder=4)
 
 
 def _rectangle(axes: Axes, at: _XY, size: _XY, color: str, radius: float, **style: Any) -> None:

@@ -88,9 +88,8 @@ class Predictions:
     def rows(self) -> tuple[list[str], list[list[object]]]:
         """Header and rows of predictions_<split>.csv, one for each crop."""
         header = ["path", "label", "prediction", "source", "group", "unknown"]
-        header += [
-            f"{kind} {n}" for kind in ("probability", "calibrated") for n in self.class_names
-        ]
+        for kind in ("probability", "calibrated"):
+            header += [f"{kind} {name}" for name in self.class_names]
         rows: list[list[object]] = []
         for number, record in enumerate(self.records):
             name, unknown = self.class_names[self.predicted[number]], self.unknown[number] > 0
@@ -135,9 +134,6 @@ def read_predictions(
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise Error(f"{path}: missing or damaged ({error}); run `evaluate` again") from error
     own: dict[str, Any] = {name: arrays.get(name) for name in _ARRAYS}
-    baselines = {
-        name.removeprefix(_BASELINE): classes
-        for name, classes in arrays.items()
-        if name.startswith(_BASELINE)
-    }
+    names = [name for name in arrays if name.startswith(_BASELINE)]
+    baselines = {name.removeprefix(_BASELINE): arrays[name] for name in names}
     return Predictions(tuple(records), tuple(class_names), baselines=baselines, **own)

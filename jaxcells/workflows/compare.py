@@ -17,14 +17,9 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import Experiment, data_seed, differences
 from jaxcells.data.arrays import with_fraction
-from jaxcells.evaluation import comparison_table, predict
+from jaxcells.evaluation import comparison_figures, comparison_table, predict
 from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
-from jaxcells.evaluation.comparison_figures import (
-    draw_accuracy_against_time,
-    draw_curves_together,
-    draw_learning_curves,
-)
 from jaxcells.evaluation.comparison_table import Row, Table
 from jaxcells.evaluation.figures import save_figure
 from jaxcells.evaluation.predictions import read_predictions
@@ -231,11 +226,11 @@ def write_comparison(
     reached = baselines["brightness"].balanced_accuracy
     levels = {"chance": 1 / len(data.crop_set.class_names), "brightness": reached}
     pictures = {
-        "accuracy_against_time": draw_accuracy_against_time(rows, levels),
-        "curves": draw_curves_together(_by_name(done, records), levels),
+        "accuracy_against_time": comparison_figures.draw_accuracy_against_time(rows, levels),
+        "curves": comparison_figures.draw_curves_together(_by_name(done, records), levels),
     }
     if curves:
-        pictures["learning_curve"] = draw_learning_curves(curves)
+        pictures["learning_curve"] = comparison_figures.draw_learning_curves(curves)
     for name, picture in pictures.items():
         save_figure(picture, folder / f"{name}.png", dpi=300)
     everything = {
