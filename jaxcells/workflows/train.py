@@ -18,7 +18,7 @@ from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import baseline_predictions
 from jaxcells.evaluation.evidence import gather_evidence
-from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
+from jaxcells.evaluation.figures import draw_curves, plot_confusion, plot_examples, save_figure
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
 from jaxcells.evaluation.results import RunResults, Timing
@@ -248,12 +248,9 @@ def open_test_split(
         write_predictions(workdir.predictions("val"), validation)
         write_predictions(workdir.predictions("test"), tested)
         names, brightness = meta.class_names, results.evidence.baselines["brightness"].accuracy
-        plot_curves(
-            *(read_metrics(workdir.metrics), workdir.figure("curves")),
-            best_step=meta.step,
-            chance=1 / len(names),
-            brightness=brightness,
-        )
+        levels = {"chance": 1 / len(names), "brightness": brightness}
+        curves = draw_curves(read_metrics(workdir.metrics), levels, best_step=meta.step)
+        save_figure(curves, workdir.figure("curves"))
         number, fields = test_metrics.num_crops, test_metrics.num_fields
         footer = [f"accuracy {test_metrics.scores['accuracy']}"]
         footer += [test_metrics.interval_note] if test_metrics.interval_note else []
