@@ -286,12 +286,12 @@ def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:
 
 def _split_at_random(crops: Sequence[Crop], settings: CropSettings) -> list[Crop]:
     """Gives each crop without a split one: exact numbers per class, or in that ratio."""
-    split_crops, counts = [], settings.counts
+    split_crops = [crop for crop in crops if crop.split]
     for label in sorted({crop.field.label for crop in crops}):
         divided = [crop for crop in crops if crop.field.label == label and not crop.split]
         rng = named_generator(settings.seed, "split", label)
-        numbers = apportion(len(divided), counts, 0, {})
+        numbers = apportion(len(divided), settings.counts, 0, {})
         splits = rng.permutation(np.repeat(list(numbers), list(numbers.values()))).tolist()
         for crop, split in zip(divided, splits, strict=True):
             split_crops.append(dataclasses.replace(crop, split=split))
-    return [crop for crop in crops if crop.split] + split_crops
+    return split_crops

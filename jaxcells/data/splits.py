@@ -80,11 +80,7 @@ def compile_group_pattern(split_by: str, key: str = "data.split_by") -> re.Patte
 
 
 def allot(
-    fields: Sequence[Field],
-    counts: Mapping[str, int],
-    *,
-    split_by: str,
-    seed: int | str,
+    fields: Sequence[Field], counts: Mapping[str, int], *, split_by: str, seed: int | str
 ) -> dict[str, str]:
     """Allots whole groups to the splits at random, in the ratio of the counts.
 
