@@ -118,12 +118,11 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     for split in SPLITS[: 1 if is_fold else 3]:  # its others are few by design, and pooled
         fields = {name: count["fields"] for name, count in counts[split].items()}
         if few := [f"{name} {number}" for name, number in fields.items() if number < _FEW_FIELDS]:
-            rests = "what is learnt of these classes rests on so many"
-            trust = rests if split == "train" else "its intervals are wide or cannot be trusted"
-            warnings.append(
-                f"few independent fields in {split} ({some(few)}): crops of one field are "
-                f"alike, so {trust}"
-            )
+            trust = "its intervals are wide or cannot be trusted"
+            if split == "train":
+                trust = "what is learnt of these classes rests on so many"
+            what = f"few independent fields in {split} ({some(few)})"
+            warnings.append(f"{what}: crops of one field are alike, so {trust}")
     crops = {name: count["crops"] for name, count in counts["train"].items()}
     most, least = max(crops, key=crops.__getitem__), min(crops, key=crops.__getitem__)
     if crops[most] > _IMBALANCE * crops[least]:

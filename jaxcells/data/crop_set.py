@@ -123,8 +123,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     if directory.exists():
         crop_set = open_crop_set(directory)
         before, now = dataclasses.asdict(crop_set.settings), dataclasses.asdict(settings)
-        changed = [key for key in now if now[key] != before[key]]
-        if changed:
+        if changed := [key for key in now if now[key] != before[key]]:
             listed = "; ".join(f"data.{k} was {before[k]!r}, now {now[k]!r}" for k in changed)
             raise Error(f"{directory} was drawn with other settings: {listed}; {_AGAIN}")
         _check_same_sources(crop_set, root)

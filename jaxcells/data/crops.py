@@ -1,6 +1,7 @@
 """Draws random crops from fields: which field, where, and for which split."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,15 +176,13 @@ def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[st
 
 def _split_training_side(fields: Sequence[Field], settings: CropSettings) -> dict[str, str]:
     """Divides what a fold trains on: whole groups where there are several, else crops ("")."""
-    number_of = num_groups(fields)
-    several = [field for field in fields if number_of[field.label] > 1]
-    seed = f"{settings.seed} fold {settings.fold}"
-    try:
-        split_of = allot(several, settings.counts, split_by=settings.split_by, seed=seed)
-    except Error:  # the groups that classes share leave no way
-        several = []
-    whole = {field.name for field in several}
-    return {field.name: split_of[field.group] if field.name in whole else "" for field in fields}
+    numbers, seed = num_groups(fields), f"{settings.seed} fold {settings.fold}"
+    several = [field for field in fields if numbers[field.label] > 1]
+    split_of = {field.name: "" for field in fields}
+    with contextlib.suppress(Error):  # the groups that classes share may leave no way
+        allotted = allot(several, settings.counts, split_by=settings.split_by, seed=seed)
+        split_of |= {field.name: allotted[field.group] for field in several}
+    return split_of
 
 
 def _shares(
