@@ -253,21 +253,17 @@ def _positions(field: Field, number: int, settings: CropSettings) -> list[tuple[
     if not (least and number):
         return list(itertools.islice(places, number))
     foreground = foreground_map(read_image(field.path, plane=settings.plane))
-    full: list[tuple[int, int]] = []
-    best = 0.0
     # A field with hardly any cells would otherwise be searched pixel by pixel.
-    for y, x in itertools.islice(places, 100 * number + 1000):
-        fraction = foreground_fraction(foreground, y, x, size, size)
-        best = max(best, fraction)
-        if fraction >= least:
-            full.append((y, x))
-        if len(full) == number:
-            return full
-    raise Error(
-        f"{field.path}: {number} crops with the foreground that data.min_foreground={least:g} asks "
-        f"for are needed, and {len(full)} were found (the fullest has {best:.2f}); lower "
-        "data.min_foreground or take this image out"
-    )
+    tried = itertools.islice(places, 100 * number + 1000)
+    full = (p for p in tried if foreground_fraction(foreground, *p, size, size) >= least)
+    found = list(itertools.islice(full, number))
+    if len(found) < number:
+        raise Error(
+            f"{field.path}: {number} crops with the foreground that data.min_foreground={least:g} "
+            f"asks for are needed, and {len(found)} were found; lower data.min_foreground or take "
+            "this image out"
+        )
+    return found
 
 
 def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxcells.data.images import EXPORT, FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
+from jaxcells.data.images import FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
+from jaxcells.data.picture import EXPORT
 from jaxcells.files import Error
 from jaxcells.text import counted, some
 

@@ -13,10 +13,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from jaxcells.data.picture import EXPORT as EXPORT
-from jaxcells.data.picture import Picture, Refused, orient
-from jaxcells.data.planes import Plane
-from jaxcells.data.planes import parse_plane as parse_plane
+from jaxcells.data.picture import EXPORT, Picture, Refused, orient
+from jaxcells.data.planes import Plane, parse_plane
 from jaxcells.data.raster import open_bmp, open_jpeg, open_png
 from jaxcells.data.tiff import open_tiff, quiet
 from jaxcells.data.vendor import open_czi, open_lif, open_nd2

@@ -86,15 +86,12 @@ def allot(
         in such a way that some split gets none.
     """
     allotted: dict[str, str] = {}
-    if not fields:
-        return allotted
-    _check_enough_groups(fields, len(counts), split_by)
-    if split_by == "field":
-        for label in sorted({field.label for field in fields}):
-            of_class = [field for field in fields if field.label == label]
-            allotted |= _allot_by_channel(of_class, counts, seed)
-    else:
-        for connected in _connected_fields(fields):
+    if fields:
+        _check_enough_groups(fields, len(counts), split_by)
+    for connected in _connected_fields(fields):
+        if split_by == "field":  # each a group of its own: those of one class
+            allotted |= _allot_by_channel(connected, counts, seed)
+        else:
             allotted |= _allot_jointly(connected, counts, split_by, seed)
     return allotted
 
