@@ -153,8 +153,8 @@ def describe_audit(audit: Audit, class_names: Sequence[str]) -> str:
     lines += [f"warning: {text}" for text in audit.warnings]
     if not audit.errors:
         shared = [name for name, fraction in audit.shared_pixels.items() if fraction]
-        but = f" but pixels of {' and '.join(shared)}" if shared else ""
-        lines.append(f"audit passed: nothing{but} stands in two splits")
+        found = f", with pixels of {' and '.join(shared)} in training crops too" if shared else ""
+        lines.append(f"audit passed{found or ': nothing stands in two splits'}")
     return "\n".join(lines)
 
 
