@@ -136,34 +136,25 @@ def paragraphs(
         accuracies.append([name, *map(_shown, estimates), *plain])
         shown = [show(getattr(row, key)) for key, (_, show) in _COSTS.items()]
         costs.append([name, str(len(row.seeds)), *shown])
-    by_name = {candidate.name: candidate for candidate in choice.candidates}
-    best, candidates = by_name[choice.best], []
+    candidates, compared = [], []
     for c in choice.candidates:
-        behind = "best" if c is best else _difference(c.behind)
+        behind = "best" if c.name == choice.best else _difference(c.behind)
         qualifies, name = "yes" if c.qualifies else "no", _marked(c.name, c.name == choice.chosen)
         candidates.append([name, behind, qualifies, duration(c.seconds)])
-    compared = []
     for name, found in comparisons.items():
         p_value = "<0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
         counts = [str(found.only_chosen_right), str(found.only_other_right)]
         compared.append([name, _difference(found.difference), *counts, p_value])
     header = [f"{kind}accuracy,\n{split}" for kind in ("balanced ", "") for split in _SPLITS]
-    tables = {
-        "[accuracies]": (["experiment", *header], accuracies),
-        "[costs]": (["experiment", "seeds", *(head for head, _ in _COSTS.values())], costs),
-        "[candidates]": (_CANDIDATES, candidates),
-        "[comparisons]": (_COMPARISONS, compared),
+    inserted = {
+        "[accuracies]": [(["experiment", *header], accuracies)],
+        "[costs]": [(["experiment", "seeds", *(head for head, _ in _COSTS.values())], costs)],
+        "[notes]": notes,
+        "[candidates]": [(_CANDIDATES, candidates)],
+        "[comparisons]": [(_COMPARISONS, compared)],
     }
-    return prose.paragraphs(
-        "comparison",
-        {"[notes]": notes, **{name: [table] for name, table in tables.items()}},
-        interval_notes=_interval_notes(rows),
-        failures=failures,
-        choice=choice,
-        chosen=by_name[choice.chosen],
-        best=best,
-        comparisons=comparisons,
-    )
+    values = {"choice": choice, "failures": failures, "comparisons": comparisons}
+    return prose.paragraphs("comparison", inserted, interval_notes=_interval_notes(rows), **values)
 
 
 def learning_curve(

@@ -162,10 +162,9 @@ def _draw_network(axes: Axes, layers: Sequence[Layer], blocks: Sequence[_Block])
         center = x + _CENTER
         way = [(center, y), (center, y + _GUTTER)]
         if stage > 1:  # up through the gutter to the next column
-            before, gutter = center - _PANEL - _GUTTER, x - _GUTTER / 2
-            below, above = y + 0.2, top - 0.25
-            way = [(before, y), (before, below), (gutter, below), (gutter, above)]
-            way += [(center, above), (center, top)]
+            before, gutter, above = center - _PANEL - _GUTTER, x - _GUTTER / 2, top - 0.25
+            way = [(before, y), (before, y + 0.2), (gutter, y + 0.2)]
+            way += [(gutter, above), (center, above), (center, top)]
         _wire(axes, way, arrow=True)
         y = _draw_stage(axes, x, way[-1][1], list(group))
         lowest = max(lowest, y + 0.2)
@@ -210,8 +209,7 @@ def _draw_end(axes: Axes, x: float, top: float, name: str, layers: Sequence[Laye
 def _draw_panel(axes: Axes, at: _XY, bottom: float, stage: int, name: str, size: str) -> None:
     """Draws what lies under the boxes of a stage, with its name and the size of its output."""
     x, top = at
-    panel = (_PANEL, bottom - top)
-    _rectangle(axes, at, panel, _PANEL_COLORS[stage], radius=0.12, zorder=0, lw=0)
+    _rectangle(axes, at, (_PANEL, bottom - top), _PANEL_COLORS[stage], radius=0.12, zorder=0, lw=0)
     _text(axes, x + _CENTER, top + 0.26, name, size=_LARGE, weight="bold")
     _text(axes, x + _CENTER, top + 0.58, size)
 

@@ -200,11 +200,8 @@ def _clusters(tested: Predictions, seed: int) -> Clusters | None:
     rows = np.random.default_rng(seed).permutation(len(tested.labels))[:_MOST_CLUSTERED]
     features, labels, fields = tested.features[rows], tested.labels[rows], tested.sources[rows]
     classes = [labels == label for label in np.unique(labels)]
-    within = [
-        silhouette_samples(features[of], fields[of])
-        for of in classes
-        if 1 < len(set(fields[of])) < of.sum()
-    ]
+    apart = [of for of in classes if 1 < len(set(fields[of])) < of.sum()]
+    within = [silhouette_samples(features[of], fields[of]) for of in apart]
     if len(classes) == 1 or not within:
         return None
     by_class = float(silhouette_samples(features, labels).mean())
@@ -214,8 +211,8 @@ def _clusters(tested: Predictions, seed: int) -> Clusters | None:
 def _suspects(tested: Predictions) -> tuple[Suspect, ...]:
     found = []
     for crop, num_crops, mean in zip(*tested.field_means(tested.calibrated), strict=True):
-        label, name = tested.labels[crop], tested.class_names[mean.argmax()]
+        label, record = tested.labels[crop], tested.records[crop]
         if mean.argmax() != label:
-            names = tested.records[crop].source, tested.records[crop].label, name
+            names = record.source, record.label, tested.class_names[mean.argmax()]
             found.append(Suspect(*names, float(mean[label]), int(num_crops)))
     return tuple(sorted(found, key=lambda suspect: suspect.probability_of_label)[:_MOST_SUSPECTS])

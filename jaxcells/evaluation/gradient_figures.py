@@ -111,15 +111,10 @@ def describe_gradients(measured: Sequence[Measurement], *, setting: str) -> str:
         numbers = [f"{value:.3g}" for value in (m.losses[-1], *m.ends)]
         rows.append([m.network, "with" if m.norms else "without", _state(m) + fate, *numbers])
     plain = [m for m in measured if m.norms and m.network.startswith("plain")]
-    said = prose.paragraphs(
-        "gradients",
-        {"[table]": [markdown_table(header, rows, left=3)]},
-        steps=max(m.step for m in measured),
-        setting=setting,
-        plain=plain[0].network,
-        found=[f"{m.ends[2]:.3g} {_state(m)}" for m in plain],
-    )
-    return "\n\n".join(said)
+    ratios = [f"{m.ends[2]:.3g} {_state(m)}" for m in plain]
+    values = {"steps": max(m.step for m in measured), "setting": setting, "found": ratios}
+    table = {"[table]": [markdown_table(header, rows, left=3)]}
+    return "\n\n".join(prose.paragraphs("gradients", table, plain=plain[0].network, **values))
 
 
 def _panel(m: Measurement) -> tuple[int, bool]:
