@@ -156,7 +156,8 @@ def _convergence(curves: Records, chance: float) -> tuple[Light, str]:
         return "look", f"{reason}; training loss went from {before:.3g} to {after:.3g} in it"
     if last["loss"] > _RISEN * lowest:
         rise = f"from {lowest:.3g} to {last['loss']:.3g}"
-        return "look", f"{reason}, which was used; then its loss rose, {rise}: overfitting, or too high a rate"
+        found = f"{reason}, which was used; then its loss rose, {rise}"
+        return "look", f"{found}: overfitting, or too high a rate"
     return "good", reason
 
 
