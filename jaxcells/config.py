@@ -61,6 +61,10 @@ _MUST_BE: dict[str, tuple[Callable[[Any], object], str]] = {
     "data.split": (_whole(3, 1), "three whole numbers of 1 or more: train, val, test"),
     "data.border": (_whole(4, 0), "four whole numbers: top, right, bottom, left"),
     "data.fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "data.split_by": (
+        lambda x: x in ("field", "channel", "crop") or (_is_expression(x) and re.compile(x).groups),
+        "field, channel, crop or a regular expression whose group 1 is the group",
+    ),
     "data.batch_by": (
         lambda x: not x or (_is_expression(x) and re.compile(x).groups),
         "a regular expression whose group 1 is the batch, or empty",
@@ -144,12 +148,10 @@ def _contradictions(config: ConfigDict, wrong: Set[str]) -> Iterator[str]:
     """What values may not be together, wrong ones apart, and values that other modules parse."""
     # Help and wrong flags need not wait for NumPy and readers of images.
     from jaxcells.data.planes import parse_plane
-    from jaxcells.data.splits import compile_group_pattern, parse_fold
+    from jaxcells.data.splits import parse_fold
 
     data, optim, model = config.data, config.optim, config.model
     parsed: dict[Any, Any] = {parse_plane: data.plane, parse_multipliers: optim.multipliers}
-    if data.split_by not in ("field", "channel", "crop"):
-        parsed[compile_group_pattern] = data.split_by
     if data.fold:
         parsed[parse_fold] = data.fold
     for parse, value in parsed.items():

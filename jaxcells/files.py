@@ -123,6 +123,20 @@ def write_whole(path: Path) -> Iterator[TextIO]:
     os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Makes a folder, to be filled, which takes the place of `path` when all is written.
+
+    What is interrupted leaves `<path>.partial`, and the folder that was there before.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a table that is either whole or not there; None is an empty cell."""
     with write_whole(path) as file:

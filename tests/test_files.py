@@ -10,6 +10,7 @@ from jaxcells.files import (
     from_record,
     lock_workdir,
     read_json,
+    staged,
     write_csv,
     write_json,
     write_whole,
@@ -49,6 +50,24 @@ class Whole:
     pairs: tuple[tuple[int, ...], ...]
     note: str | None
     last: Part | None = None
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new" / "folder"
+
+    def interrupted():
+        with staged(path) as folder:
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not path.exists()
+    for name in ("first", "second"):
+        with staged(path) as folder:
+            (folder / name).touch()
+        assert [file.name for file in path.iterdir()] == [name]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_records_come_back_from_json_as_they_were(tmp_path):

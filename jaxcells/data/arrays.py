@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from jaxcells.data.crop_set import CropRecord, CropSet, pixel_sha256, read_crop
 from jaxcells.data.fields import SPLITS
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
+from jaxcells.files import staged
 
 logger = logging.getLogger("jaxcells")
 
@@ -58,13 +58,9 @@ def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]
             if all(map(_are_those_of_manifest, arrays.values())):
                 return arrays
         logger.warning("%s: not the pixels of the manifest; decoding the crops again", directory)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for split in SPLITS:
-        _write_images(crop_set, split, partial / f"{split}.npy")
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with staged(directory) as folder:
+        for split in SPLITS:
+            _write_images(crop_set, split, folder / f"{split}.npy")
     return _open(crop_set, directory)
 
 

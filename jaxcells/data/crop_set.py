@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import logging
 import re
-import shutil
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from jaxcells.data.parallel import parallel_map
 from jaxcells.data.sheet import SHEETS, find_in_sheet
 from jaxcells.data.siblings import check_siblings
 from jaxcells.data.splits import with_groups
-from jaxcells.files import Error, file_sha256, from_record, read_json, write_csv, write_json
+from jaxcells.files import Error, file_sha256, from_record, read_json, staged, write_csv, write_json
 from jaxcells.text import some
 
 logger = logging.getLogger("jaxcells")
@@ -124,8 +123,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     if directory.exists():
         crop_set = open_crop_set(directory)
         before, now = dataclasses.asdict(crop_set.settings), dataclasses.asdict(settings)
-        changed = [key for key in now if now[key] != before[key]]
-        if changed:
+        if changed := [key for key in now if now[key] != before[key]]:
             listed = "; ".join(f"data.{k} was {before[k]!r}, now {now[k]!r}" for k in changed)
             raise Error(f"{directory} was drawn with other settings: {listed}; {_AGAIN}")
         _check_same_sources(crop_set, root)
@@ -149,8 +147,8 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     notes += image_notes(used) + check_siblings(used, split_by, settings.plane)
     if split_by not in ("field", "crop"):
         groups = sorted({field.group for field in used})
-        number = f"{len(groups)} groups in {len(used)} images"
         policy = "column group" if split_by == "group" else f"data.split_by={split_by}"
+        number = f"{len(groups)} groups in {len(used)} images"
         notes.append(f"{policy}: {number}, such as {some(groups, 3)}")
     for note in notes:
         logger.info("note: %s", note)
@@ -160,26 +158,22 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
 
     effective = dataclasses.replace(settings, crop_size=size, split_by=split_by)
     crops = draw_crops(used, effective, places)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    records, hashes = _write_crops(partial, crops, size, settings.plane)
-    write_csv(partial / "manifest.csv", _HEADER.split(","), map(dataclasses.astuple, records))
-    description = {
-        "class_names": sorted(per_class),
-        "manifest_sha256": file_sha256(partial / "manifest.csv"),
-        "settings": dataclasses.asdict(settings),
-        "root": _folder(root),
-        "sources": {
-            field.name: {"sha256": hashes.get(field.name), **_source(field)} for field in fields
-        },
-        "came_split": any(field.split for field in fields),
-        "split_by": split_by,
-        "field_kinds": _field_kinds(used),
-        "notes": notes,
-        "num_folds": max(fold_of_fields(used, effective).values(), default=0),
-    }
-    write_json(partial / "crop_set.json", description)
-    partial.rename(directory)
+    with staged(directory) as folder:
+        records, hashes = _write_crops(folder, crops, size, settings.plane)
+        write_csv(folder / "manifest.csv", _HEADER.split(","), map(dataclasses.astuple, records))
+        description = {
+            "class_names": sorted(per_class),
+            "manifest_sha256": file_sha256(folder / "manifest.csv"),
+            "settings": dataclasses.asdict(settings),
+            "root": _folder(root),
+            "sources": {f.name: {"sha256": hashes.get(f.name), **_source(f)} for f in fields},
+            "came_split": any(field.split for field in fields),
+            "split_by": split_by,
+            "field_kinds": _field_kinds(used),
+            "notes": notes,
+            "num_folds": max(fold_of_fields(used, effective).values(), default=0),
+        }
+        write_json(folder / "crop_set.json", description)
     logger.info("wrote %d crops to %s", len(records), directory)
     return open_crop_set(directory)
 
@@ -199,12 +193,8 @@ def open_crop_set(directory: Path) -> CropSet:
     found = {"directory": directory, "records": tuple(_read_manifest(manifest))}
     crop_set = from_record(CropSet, values | found, path)
     listed = {record.crop for record in crop_set.records}
-    present = {
-        file.relative_to(directory).as_posix()
-        for split in SPLITS
-        for file in (directory / split).rglob("*")
-        if file.is_file() and not is_hidden(file)
-    }
+    files = (path for path in directory.glob("*/**/*") if path.is_file() and not is_hidden(path))
+    present = {path.relative_to(directory).as_posix() for path in files}
     if listed != present:
         raise Error(
             f"{directory}: not the files of manifest.csv ({len(listed - present)} missing, "
@@ -337,8 +327,8 @@ def _check_same_sources(crop_set: CropSet, root: Path) -> None:
     fields = _find(root, crop_set.settings)
 
     def is_same(field: Field) -> bool:
-        source = crop_set.sources.get(field.name)
-        if source is None or {**source, **_source(field)} != source:
+        source = crop_set.sources.get(field.name, {})
+        if {**source, **_source(field)} != source:
             return False
         sha256 = source["sha256"] if moved else None
         return sha256 is None or pixel_sha256(read_image(field.path, plane=plane)) == sha256

@@ -1,6 +1,7 @@
 """Draws random crops from fields: which field, where, and for which split."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,15 +176,13 @@ def _split_of_fields(fields: Sequence[Field], settings: CropSettings) -> dict[st
 
 def _split_training_side(fields: Sequence[Field], settings: CropSettings) -> dict[str, str]:
     """Divides what a fold trains on: whole groups where there are several, else crops ("")."""
-    number_of = num_groups(fields)
-    several = [field for field in fields if number_of[field.label] > 1]
-    seed = f"{settings.seed} fold {settings.fold}"
-    try:
-        split_of = allot(several, settings.counts, split_by=settings.split_by, seed=seed)
-    except Error:  # the groups that classes share leave no way
-        several = []
-    whole = {field.name for field in several}
-    return {field.name: split_of[field.group] if field.name in whole else "" for field in fields}
+    numbers, seed = num_groups(fields), f"{settings.seed} fold {settings.fold}"
+    several = [field for field in fields if numbers[field.label] > 1]
+    split_of = {field.name: "" for field in fields}
+    with contextlib.suppress(Error):  # the groups that classes share may leave no way
+        allotted = allot(several, settings.counts, split_by=settings.split_by, seed=seed)
+        split_of |= {field.name: allotted[field.group] for field in several}
+    return split_of
 
 
 def _shares(
@@ -254,21 +253,17 @@ def _positions(field: Field, number: int, settings: CropSettings) -> list[tuple[
     if not (least and number):
         return list(itertools.islice(places, number))
     foreground = foreground_map(read_image(field.path, plane=settings.plane))
-    full: list[tuple[int, int]] = []
-    best = 0.0
     # A field with hardly any cells would otherwise be searched pixel by pixel.
-    for y, x in itertools.islice(places, 100 * number + 1000):
-        fraction = foreground_fraction(foreground, y, x, size, size)
-        best = max(best, fraction)
-        if fraction >= least:
-            full.append((y, x))
-        if len(full) == number:
-            return full
-    raise Error(
-        f"{field.path}: {number} crops with the foreground that data.min_foreground={least:g} asks "
-        f"for are needed, and {len(full)} were found (the fullest has {best:.2f}); lower "
-        "data.min_foreground or take this image out"
-    )
+    tried = itertools.islice(places, 100 * number + 1000)
+    full = (p for p in tried if foreground_fraction(foreground, *p, size, size) >= least)
+    found = list(itertools.islice(full, number))
+    if len(found) < number:
+        raise Error(
+            f"{field.path}: {number} crops with the foreground that data.min_foreground={least:g} "
+            f"asks for are needed, and {len(found)} were found; lower data.min_foreground or take "
+            "this image out"
+        )
+    return found
 
 
 def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:
@@ -286,12 +281,12 @@ def _distinct(rng: np.random.Generator, capacity: int) -> Iterator[int]:
 
 def _split_at_random(crops: Sequence[Crop], settings: CropSettings) -> list[Crop]:
     """Gives each crop without a split one: exact numbers per class, or in that ratio."""
-    split_crops, counts = [], settings.counts
+    split_crops = [crop for crop in crops if crop.split]
     for label in sorted({crop.field.label for crop in crops}):
         divided = [crop for crop in crops if crop.field.label == label and not crop.split]
         rng = named_generator(settings.seed, "split", label)
-        numbers = apportion(len(divided), counts, 0, {})
+        numbers = apportion(len(divided), settings.counts, 0, {})
         splits = rng.permutation(np.repeat(list(numbers), list(numbers.values()))).tolist()
         for crop, split in zip(divided, splits, strict=True):
             split_crops.append(dataclasses.replace(crop, split=split))
-    return [crop for crop in crops if crop.split] + split_crops
+    return split_crops

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxcells.data.images import EXPORT, FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
+from jaxcells.data.images import FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
+from jaxcells.data.picture import EXPORT
 from jaxcells.files import Error
 from jaxcells.text import counted, some
 
@@ -75,10 +76,7 @@ def find_fields(
     folders = class_folders(root)
     files = [(c, path) for c in folders for path in _files_below(c.path, set())]
     files = [(c, path) for c, path in files if not (mask and path.stem.endswith(mask))]
-    try:
-        wanted = [f for f in files if not (exclude and re.search(exclude, _below(root, f[1])))]
-    except re.error as error:
-        raise Error(f"data.exclude={exclude!r} is no regular expression: {error}") from None
+    wanted = [f for f in files if not (exclude and re.search(exclude, _below(root, f[1])))]
     found = [(c, path) for c, path in wanted if path.suffix.lower() in SUFFIXES]
     foreign = [path for _, path in wanted if path.suffix.lower() in FOREIGN]
     strays = [path for path in root.iterdir() if path.is_file() and not is_hidden(path)]
@@ -134,19 +132,18 @@ def class_folders(root: Path) -> list[ClassFolder]:
             f"of its own{_sheet_hint(root)}"
         )
     splits = {name: SPLIT_OF[name.lower()] for name in folders if name.lower() in SPLIT_OF}
-    if len(set(splits.values())) < 2:
+    found = {*splits.values()}
+    if len(found) < 2:
         return [ClassFolder(None, label, root / label) for label in folders]
-    if len(folders) != len({*splits.values()}) or not {"train", "test"} <= {*splits.values()}:
+    if len(folders) != len(found) or not {"train", "test"} <= found:
         raise Error(
             f"{root}: {some(sorted(splits))} look like a split, which needs the folders train, val "
             f"(or none) and test and no other; there are {some(folders)}: rename them, or put the "
             "classes directly below the root to have them split"
         )
-    labels = collections.Counter(
-        label for name in folders for label in _visible_folders(root / name)
-    )
-    uneven = sorted(label for label, count in labels.items() if count < len(folders))
-    if uneven:
+    inner = [{*_visible_folders(root / name)} for name in folders]
+    labels = sorted(inner[0].union(*inner))
+    if uneven := sorted(set(labels) - inner[0].intersection(*inner)):
         raise Error(
             f"{root}: {', '.join(folders)} need the same class folders, and not all of them have "
             f"{some(uneven)}"
@@ -260,12 +257,10 @@ def image_notes(fields: Sequence[Field]) -> list[str]:
 
 
 def _check_uniform(fields: Sequence[Field], describe: Callable[[Field], str], what: str) -> None:
-    names = collections.defaultdict(list)
-    for field in fields:
-        names[describe(field)].append(field.name)
-    if len(names) > 1:
-        largest = sorted(names.items(), key=lambda item: -len(item[1]))
-        listed = some([f"{len(n)} with {value}, e.g. {n[0]}" for value, n in largest])
+    example = {describe(field): field.name for field in reversed(fields)}
+    if len(example) > 1:
+        most = collections.Counter(map(describe, fields)).most_common()
+        listed = some([f"{number} with {kind}, e.g. {example[kind]}" for kind, number in most])
         raise Error(
             f"the images differ in {what}: {listed}; convert them to one kind, since a network "
             "would learn the difference instead of the cells"
@@ -286,8 +281,7 @@ def _read_headers(found: list[tuple[ClassFolder, Path]], root: Path, plane: str)
         return Field(path, c.label, channel, name, name, info, c.split)
 
     results = parallel_map(read_header, found, title="reading headers")
-    errors = [result for result in results if isinstance(result, ImageError)]
-    if errors:
+    if errors := [result for result in results if isinstance(result, ImageError)]:
         more = f" (and {len(errors) - 1} more of {len(found)} images under {root})"
         raise Error(f"{errors[0]}{more * (len(errors) > 1)}") from errors[0]
     return [result for result in results if isinstance(result, Field)]

@@ -22,17 +22,22 @@ def foreground_map(image: np.ndarray) -> np.ndarray:
     Returns:
       bool [H // 8, W // 8].
     """
-    height, width = (n // BLOCK for n in image.shape[:2])
-    deviation = np.empty((height, width), np.float32)
-    for row in range(height):  # by strips: a float copy of a large field would double its memory
-        strip = image[row * BLOCK : (row + 1) * BLOCK, : width * BLOCK].astype(np.float32)
-        blocks = strip.mean(-1).reshape(BLOCK, width, BLOCK)
-        deviation[row] = blocks.std(axis=(0, 2))
+    deviation = local_contrast(image, BLOCK)
     # Blocks without any variation are vignetted corners or saturation, not background.
     varied = deviation[deviation > 0]
     if not varied.size:
-        return np.zeros((height, width), bool)
+        return deviation > 0
     return deviation > _RATIO * np.percentile(varied, _BACKGROUND_PERCENTILE)
+
+
+def local_contrast(image: np.ndarray, side: int) -> np.ndarray:
+    """Returns the standard deviation of grey in square blocks, float32 [H // side, W // side]."""
+    height, width = (n // side for n in image.shape[:2])
+    deviation = np.empty((height, width), np.float32)
+    for row in range(height):  # by strips: a float copy of a large field would double its memory
+        strip = image[row * side : (row + 1) * side, : width * side].astype(np.float32)
+        deviation[row] = strip.mean(-1).reshape(side, width, side).std(axis=(0, 2))
+    return deviation
 
 
 def foreground_fraction(foreground: np.ndarray, y: int, x: int, height: int, width: int) -> float:

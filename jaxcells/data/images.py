@@ -13,10 +13,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from jaxcells.data.picture import EXPORT as EXPORT
-from jaxcells.data.picture import Picture, Refused, orient
-from jaxcells.data.planes import Plane
-from jaxcells.data.planes import parse_plane as parse_plane
+from jaxcells.data.picture import EXPORT, Picture, Refused, orient
+from jaxcells.data.planes import Plane, parse_plane
 from jaxcells.data.raster import open_bmp, open_jpeg, open_png
 from jaxcells.data.tiff import open_tiff, quiet
 from jaxcells.data.vendor import open_czi, open_lif, open_nd2
@@ -129,22 +127,18 @@ def write_crop(path: str | os.PathLike[str], pixels: np.ndarray) -> Path:
     Returns:
       The path with its suffix: `.png` for 8-bit grey and RGB and 16-bit grey, else `.tif`.
 
-    Raises:
-      ValueError: `pixels` is not such an array.
     """
-    if pixels.ndim != 3 or pixels.dtype.name not in ("uint8", "uint16", "float32"):
-        raise ValueError(f"cannot write {pixels.dtype} {pixels.shape} as an image")
     channels = pixels.shape[2]
     plain = np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels)
-    if (pixels.dtype.name, channels) in (("uint8", 1), ("uint8", 3), ("uint16", 1)):
-        target = Path(f"{os.fspath(path)}.png")
+    is_png = (pixels.dtype.name, channels) in (("uint8", 1), ("uint8", 3), ("uint16", 1))
+    target = Path(f"{os.fspath(path)}.{'png' if is_png else 'tif'}")
+    if is_png:
         # Level 1 takes a sixth of the time of the default and 15 % more space.
         Image.fromarray(plain).save(target, compress_level=1)
-        return target
-    target = Path(f"{os.fspath(path)}.tif")
-    kind = {"photometric": "rgb" if channels == 3 else "minisblack", "metadata": None}
-    planar = "contig" if channels > 1 else None
-    tifffile.imwrite(target, plain, planarconfig=planar, compression="zlib", predictor=True, **kind)
+    else:
+        kind = {"photometric": "rgb" if channels == 3 else "minisblack", "metadata": None}
+        kind |= {"planarconfig": "contig" if channels > 1 else None}
+        tifffile.imwrite(target, plain, compression="zlib", predictor=True, **kind)
     return target
 
 
@@ -159,7 +153,6 @@ def _opened(path: str | os.PathLike[str], plane: str) -> Iterator[Picture]:
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file to decode; what is wrong with it, here or while it is open, is an ImageError."""
-    name = os.fspath(path)
     try:
         # Opening a named pipe would wait for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -178,7 +171,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             reason = f"cannot be decoded, it is probably damaged or cut short ({detail})"
         else:
             raise
-        raise ImageError(f"{name}: {reason}") from error
+        raise ImageError(f"{os.fspath(path)}: {reason}") from error
 
 
 def _is_damage(error: Exception) -> bool:

@@ -64,17 +64,12 @@ def eval_batches(
 
 
 def _batches(
-    images: np.ndarray,
-    labels: np.ndarray,
-    order: np.ndarray,
-    batch_size: int,
-    rows: slice,
-    first: int,
+    images: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int, rows: slice, first: int
 ) -> Iterator[Batch]:
-    size = num_batches(len(order), batch_size) * batch_size
-    padded = np.resize(order, size)  # goes on from the beginning
-    for start in range(first * batch_size, size, batch_size):
-        places = np.arange(start, start + batch_size)[rows]
+    number = num_batches(len(order), size)
+    padded = np.resize(order, number * size)  # goes on from the beginning
+    for batch in range(first, number):
+        places = np.arange(batch * size, (batch + 1) * size)[rows]
         indices = padded[places]
         yield {
             "image": images[indices],

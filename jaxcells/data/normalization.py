@@ -82,8 +82,7 @@ def fit_normalization(images: np.ndarray, kind: str) -> Normalization:
         pixels = images.reshape(len(images), -1, channels)[:, ::step]
         bounds = np.percentile(pixels, PERCENTILES, axis=(0, 1), method="lower").astype(float)
         low, high = map(tuple, bounds.tolist())
-        flat = [c for c in range(channels) if low[c] == high[c]]
-        if flat:
+        if flat := [c for c in range(channels) if low[c] == high[c]]:
             raise Error(
                 f"channel {flat[0]} of the training crops has no contrast: its 0.5 and 99.5 "
                 f"percentiles are both {low[flat[0]]:g}; leave that channel out, or raise "

@@ -93,7 +93,9 @@ def open_png(file: BinaryIO) -> Picture:
     return Picture((height, width, channels), dtype, decode, orientation, tuple(notes))
 
 
-class _JpegImageFile(JpegImagePlugin.JpegImageFile):
+class JpegImageFile(JpegImagePlugin.JpegImageFile):
+    """Pillow's reader, which reads no more than the header until the pixels are asked for."""
+
     def _read_dpi_from_exif(self) -> None:
         """The resolution is not needed, and looking for it warns on damaged EXIF."""
 
@@ -104,7 +106,7 @@ def open_jpeg(file: BinaryIO) -> Picture:
     Raises:
       Refused: it is CMYK or too large.
     """
-    return _open_with_pillow(_JpegImageFile(file), file)
+    return _open_with_pillow(JpegImageFile(file), file)
 
 
 def open_bmp(file: BinaryIO) -> Picture:

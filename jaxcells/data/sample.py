@@ -20,7 +20,6 @@ Lengths are in pixels, phases and angles in radians, brightness in grey levels o
 
 import dataclasses
 import itertools
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from PIL import Image
 
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
-from jaxcells.files import Error
+from jaxcells.files import Error, staged
 
 Array = np.ndarray  # float64
 
@@ -62,19 +61,14 @@ class CellLine:
     membrane: float
 
 
+# name, diameter, nucleus, granules, granule size, bright, membrane
 CELL_LINES = (
     # Small and smooth, with a large nucleus.
-    CellLine(
-        "sim-A", diameter=31, nucleus=0.72, granules=3, granule_size=1.3, bright=0.3, membrane=1.0
-    ),
+    CellLine("sim-A", 31, 0.72, 3, 1.3, 0.3, 1.0),
     # Large, with coarse dark granules and a small nucleus to one side.
-    CellLine(
-        "sim-B", diameter=36, nucleus=0.47, granules=9, granule_size=2.1, bright=0.1, membrane=1.3
-    ),
+    CellLine("sim-B", 36, 0.47, 9, 2.1, 0.1, 1.3),
     # Full of fine bright vacuoles, with a broad membrane.
-    CellLine(
-        "sim-C", diameter=34, nucleus=0.6, granules=30, granule_size=1.1, bright=0.9, membrane=1.9
-    ),
+    CellLine("sim-C", 34, 0.6, 30, 1.1, 0.9, 1.9),
 )
 
 
@@ -117,12 +111,9 @@ def write_sample(root: Path, *, seed: int = 0, channels: int = 4, fields: int = 
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(simulate_field(seed, *drawn[name])).save(path)
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
-        folder = Path(temporary, root.name)
+    with staged(root) as folder:
         parallel_map(write_field, list(drawn), title="simulating fields")
         (folder / "SOURCE.md").write_text(source, encoding="utf-8")
-        folder.rename(root)
 
 
 def simulate_field(seed: int, line: CellLine, channel: int, field: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxcells.data.fields import Field
+from jaxcells.data.foreground import local_contrast
 from jaxcells.data.images import read_image
 from jaxcells.data.splits import find_groups
 from jaxcells.files import Error
@@ -71,16 +72,13 @@ def check_siblings(fields: Sequence[Field], split_by: str, plane: str) -> list[s
     for place, words in _PLACES.items():
         candidates = _candidates(fields, place)
         known = re.compile(_WITH_MASK if chosen else words, re.IGNORECASE).fullmatch
-        named = [s for sets in candidates for s in sets if all(map(known, s))]
-        if named:
-            what = f"{_listed(named)} show one field each, as their names say"
-            raise Error(f"{what}: {_cure(fields, named)}")
+        if named := [s for sets in candidates for s in sets if all(map(known, s))]:
+            raise _refusal(fields, named, "as their names say")
         for sets in candidates:
             if chosen or len(sets) < _MIN_SETS:
                 continue
             if _are_alike(sets, plane):
-                what = f"{_listed(sets)} show one field each, with detail in the same places"
-                raise Error(f"{what}: {_cure(fields, sets)}")
+                raise _refusal(fields, sets, "with detail in the same places")
             notes.append(f"{_listed(sets)} are different fields, to go by their pixels")
     return notes[:1]
 
@@ -102,11 +100,9 @@ def _are_alike(sets: Sequence[Siblings], plane: str) -> bool:
     """Returns whether images are more alike within sets than across."""
 
     def contrast(field: Field) -> np.ndarray:
-        image = read_image(field.path, plane=plane).astype(np.float32).mean(axis=-1)
-        side = max(2, max(image.shape) // _NUM_BLOCKS)
-        rows, columns = (n // side for n in image.shape)
-        blocks = image[: rows * side, : columns * side].reshape(rows, side, columns, side)
-        return np.unique(blocks.std(axis=(1, 3)), return_inverse=True)[1].ravel()  # ranks
+        image = read_image(field.path, plane=plane)
+        blocks = local_contrast(image, max(2, max(image.shape[:2]) // _NUM_BLOCKS))
+        return np.unique(blocks, return_inverse=True)[1].ravel()  # ranks
 
     pairs = [list(siblings.values())[:2] for siblings in sets[:: -(-len(sets) // _NUM_PAIRS)]]
     first, second = ([contrast(pair[k]) for pair in pairs] for k in (0, 1))
@@ -116,11 +112,12 @@ def _are_alike(sets: Sequence[Siblings], plane: str) -> bool:
     return bool(table.diagonal().mean() - across.mean() > _AGREEMENT)
 
 
-def _cure(fields: Sequence[Field], found: Sequence[Siblings]) -> str:
+def _refusal(fields: Sequence[Field], found: Sequence[Siblings], why: str) -> Error:
     """Says which setting mends it; what keeps the images of a field together has been tried."""
+    what = f"{_listed(found)} show one field each, {why}"
     words = sorted({part for siblings in found for part in siblings if part})
     if masks := "|".join(word for word in words if re.fullmatch(_MASK, word, re.IGNORECASE)):
-        return f"data.exclude='[-_. /]({masks})[./]' leaves the masks out"
+        return Error(f"{what}: data.exclude='[-_. /]({masks})[./]' leaves the masks out")
     starts = ("(.+?)", "^[^/]+/[^/]+/(.+?)", "([^/]+?)")  # the finest group first
     endings = ("", f"(?:[-_. ](?:{'|'.join(map(re.escape, words))}))?")
     tails = (r"\.\w+$", r"\.ome\.\w+$")
@@ -130,9 +127,9 @@ def _cure(fields: Sequence[Field], found: Sequence[Siblings]) -> str:
             group = dict(zip(names, find_groups(names, pattern, ""), strict=True))
             if all(len({group[f.name] for f in siblings.values()}) == 1 for siblings in found):
                 break
-    return (
-        f"training and test would share cells; data.split_by='{pattern}' keeps each together, and "
-        "data.split_by='(.+)' says that they are different fields"
+    return Error(
+        f"{what}: training and test would share cells; data.split_by='{pattern}' keeps each "
+        "together, and data.split_by='(.+)' says that they are different fields"
     )
 
 

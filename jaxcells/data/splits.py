@@ -32,7 +32,7 @@ def with_groups(fields: Sequence[Field], split_by: str, key: str = "data.split_b
       key: of the config, named in errors.
 
     Raises:
-      Error: the expression is not valid, has no group 1, or does not match a path.
+      Error: the expression finds no group 1 in a path.
     """
     if split_by in ("field", "crop"):
         groups = [field.name for field in fields]
@@ -52,39 +52,19 @@ def find_groups(sources: Sequence[str], pattern: str, key: str) -> list[str]:
       key: of the config, named in errors.
 
     Raises:
-      Error: it is not valid, has no group 1, or finds none in a path.
+      Error: it finds no group 1 in a path.
     """
     if not pattern:
         return [""] * len(sources)
-    matches = map(compile_group_pattern(pattern, key).search, sources)
+    matches = map(re.compile(pattern).search, sources)
     groups = [match[1] or "" if match else "" for match in matches]
     if missing := [s for s, group in zip(sources, groups, strict=True) if not group]:
         raise Error(f"{key}={pattern!r} finds no group 1 in the path of {some(missing)}")
     return groups
 
 
-def compile_group_pattern(split_by: str, key: str = "data.split_by") -> re.Pattern[str]:
-    """Compiles a regular expression for `split_by`, or another key, and checks its group 1.
-
-    Raises:
-      Error: it does not compile or has no group.
-    """
-    known = "field, channel, crop or a regular expression whose group 1 is the group"
-    try:
-        pattern = re.compile(split_by)
-    except re.error as error:
-        raise Error(f"{key}={split_by!r} is none of {known} ({error})") from error
-    if pattern.groups < 1:
-        raise Error(f"{key}={split_by!r} is none of {known}: no group in parentheses")
-    return pattern
-
-
 def allot(
-    fields: Sequence[Field],
-    counts: Mapping[str, int],
-    *,
-    split_by: str,
-    seed: int | str,
+    fields: Sequence[Field], counts: Mapping[str, int], *, split_by: str, seed: int | str
 ) -> dict[str, str]:
     """Allots whole groups to the splits at random, in the ratio of the counts.
 
@@ -106,15 +86,12 @@ def allot(
         in such a way that some split gets none.
     """
     allotted: dict[str, str] = {}
-    if not fields:
-        return allotted
-    _check_enough_groups(fields, len(counts), split_by)
-    if split_by == "field":
-        for label in sorted({field.label for field in fields}):
-            of_class = [field for field in fields if field.label == label]
-            allotted |= _allot_by_channel(of_class, counts, seed)
-    else:
-        for connected in _connected_fields(fields):
+    if fields:
+        _check_enough_groups(fields, len(counts), split_by)
+    for connected in _connected_fields(fields):
+        if split_by == "field":  # each a group of its own: those of one class
+            allotted |= _allot_by_channel(connected, counts, seed)
+        else:
             allotted |= _allot_jointly(connected, counts, split_by, seed)
     return allotted
 

@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,15 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxcells.data.crop_set import open_crop_set, verify_pixels
-from jaxcells.data.fields import SPLITS, is_hidden
+from jaxcells.data.fields import SPLIT_OF, SPLITS, is_hidden
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.rng import named_generator
-from jaxcells.files import Error, read_json, write_json
+from jaxcells.files import Error, read_json, staged, write_json
 from jaxcells.text import one_line
 
 logger = logging.getLogger("jaxcells")
 
-_OUR_SPLIT = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 _MARKER = ".tfds.json"
 
 
@@ -55,14 +53,12 @@ def export_images(name: str, root: Path, *, data_dir: str | Path | None = None) 
             return
         raise Error(f"{root}: is not all of tfds:{name}; delete it, or choose another workdir")
     builder = _open_builder(name, data_dir)
-    partial = root.with_name(f"{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     our_splits = _our_splits(builder, name)
-    for split, ours in our_splits.items():
-        _export_split(builder, name, split, ours, partial)
     number = sum(map(len, our_splits.values()))
-    write_json(partial / _MARKER, {"name": name, "num_images": number})
-    partial.rename(root)
+    with staged(root) as folder:
+        for split, ours in our_splits.items():
+            _export_split(builder, name, split, ours, folder)
+        write_json(folder / _MARKER, {"name": name, "num_images": number})
     logger.info("exported %d images of %s to %s", number, builder.info.full_name, root)
 
 
@@ -165,10 +161,10 @@ def _our_splits(builder: Any, name: str) -> dict[str, list[str]]:
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     if len(sizes) == 1:
         return {split: [""] * size for split, size in sizes.items()}
-    ours = {s: [_OUR_SPLIT[s]] * size for s, size in sizes.items() if s in _OUR_SPLIT}
+    ours = {s: [SPLIT_OF[s]] * size for s, size in sizes.items() if s in SPLIT_OF}
     if not {"train", "test"} <= ours.keys():
-        listed = ", ".join(sizes)
-        raise Error(f"tfds:{name}: has the splits {listed}; needed are train and test, or only one")
+        has = f"has the splits {', '.join(sizes)}"
+        raise Error(f"tfds:{name}: {has}; needed are train and test, or only one")
     if others := sorted(sizes.keys() - ours.keys()):
         logger.warning("tfds:%s: leaving out the splits %s", name, ", ".join(others))
     if len(ours) == 2:

@@ -2,23 +2,21 @@
 
 import contextlib
 import contextvars
+import io
 import logging
 import math
 import re
-import struct
 from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO, Literal
 
 import numpy as np
-from tifffile import TiffFile, TiffPage, TiffPageSeries
+from tifffile import COMPRESSION, PHOTOMETRIC, TiffFile, TiffPage, TiffPageSeries
 
 from jaxcells.data import picture
 from jaxcells.data.picture import Picture, Refused, check_size, file_size
 from jaxcells.data.planes import Plane, choose_series, select
+from jaxcells.data.raster import JpegImageFile
 from jaxcells.text import by
-
-_MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
-_OLD_JPEG, _JPEG = 6, 7
 
 # What decoders log in threads that read for us is dropped; other threads keep their messages.
 _reading = contextvars.ContextVar("reading", default=False)
@@ -87,7 +85,7 @@ def _has_alpha(page: TiffPage) -> bool:
     A single extra sample is alpha where ExtraSamples (TIFF 6.0, section 18) says so and, after
     red, green and blue, also where it says nothing. Several extra samples are channels.
     """
-    if page.photometric in (_RGB, _YCBCR):
+    if page.photometric in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR):
         return bool(page.samplesperpixel == 4)
     return page.samplesperpixel == 2 and any(kind in (1, 2) for kind in page.extrasamples)
 
@@ -99,22 +97,23 @@ def _check_page(page: TiffPage) -> list[str]:
       Refused: they are not intensities, or not of a type that is kept.
     """
     photometric, bits = page.photometric, page.bitspersample
-    is_jpeg_colour = photometric == _YCBCR and page.compression == _JPEG
-    if page.compression == _OLD_JPEG:
+    read = [PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE]
+    read += [PHOTOMETRIC.YCBCR] * (page.compression == COMPRESSION.JPEG)
+    if page.compression == COMPRESSION.OJPEG:
         raise Refused("has old-style JPEG compression, which readers decode differently: resave it")
     picture.check_dtype(np.dtype("V") if page.dtype is None else page.dtype)
     numbers = (page.samplesperpixel, page.rowsperstrip, *page.shape, *(page.tile or ()))
     if not all(isinstance(number, int) for number in numbers):
         raise Refused("is damaged: a size in its tags is no whole number")
-    if photometric not in (_MINISWHITE, _MINISBLACK, _RGB, _PALETTE) and not is_jpeg_colour:
-        name = "CMYK" if photometric == _CMYK else getattr(photometric, "name", photometric)
+    if photometric not in read:
+        name = str(getattr(photometric, "name", photometric)).replace("SEPARATED", "CMYK")
         raise Refused(f"has {name} colours: convert it to grey or RGB")
     notes = []
-    if photometric == _PALETTE:
+    if photometric == PHOTOMETRIC.PALETTE:
         if page.colormap is None or not picture.is_lookup_ramp(page.colormap.T):
             raise Refused(picture.INDEXED)
         notes.append(picture.LOOKUP_TABLE)
-    if photometric == _MINISWHITE:
+    if photometric == PHOTOMETRIC.MINISWHITE:
         notes.append("white is zero (MinIsWhite); values are as stored, not inverted")
     if bits not in (8, 16, 32):
         notes.append(f"{bits}-bit samples; values are as stored, not scaled")
@@ -142,27 +141,16 @@ def _check_end(needed: int, size: int) -> None:
         raise Refused(f"is truncated: it needs {needed} bytes and has {size}")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Rows and columns that a JPEG stream declares; zeros where it declares none."""
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length, rows, columns = struct.unpack_from(">BHxHH", data, at + 1)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return rows, columns
-        at += 1 if marker == 0xFF else 2 + length
-    return 0, 0
-
-
 def _decode(page: TiffPage, file: BinaryIO) -> np.ndarray:
     """Decode a page; JPEG strips that end early, which libjpeg fills with grey, are refused."""
-    if page.compression == _JPEG:
+    if page.compression == COMPRESSION.JPEG:
         *_, most_rows, most_columns = page.tile or (page.rowsperstrip, page.imagewidth)
         for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
             file.seek(offset)
             data = file.read(count)
             if not data.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
                 raise Refused("is truncated: a JPEG strip or tile has no end")
-            rows, columns = _jpeg_size(data)
+            columns, rows = JpegImageFile(io.BytesIO(data)).size  # reads the header alone
             if rows > most_rows or columns > most_columns:
                 raise Refused("is damaged: a JPEG strip or tile is larger than its place")
     # Callers read many files at once; threads within one would only compete with them.

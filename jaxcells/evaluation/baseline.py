@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from jaxcells.evaluation.bootstrap import Array, Ints
+
 # Names, and what each sees, in words that can stand in a sentence.
 BASELINES = {
     "majority": "the most frequent class of the training crops",
@@ -25,7 +27,7 @@ Images = npt.NDArray[np.generic]
 
 def baseline_predictions(
     train_images: Images, train_labels: npt.ArrayLike, test_images: Images
-) -> dict[str, npt.NDArray[np.int64]]:
+) -> dict[str, Ints]:
     """What the classifiers of `BASELINES` predict.
 
     "majority" always names the most frequent class of training, of equal ones the first.
@@ -56,9 +58,7 @@ def baseline_predictions(
     return predictions
 
 
-def linear_classifier(
-    train: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], test: npt.NDArray[np.float64]
-) -> npt.NDArray[np.int64]:
+def linear_classifier(train: Array, labels: Ints, test: Array) -> Ints:
     """Classes [M] by linear discriminants learnt from features [N, F] and labels [N]; test [M, F].
 
     Sees every feature in units of its deviation in training; a constant one decides nothing.
@@ -75,7 +75,7 @@ def linear_classifier(
     return classes[scores.argmax(axis=1)]
 
 
-def crop_statistics(images: Iterable[Images]) -> npt.NDArray[np.float64]:
+def crop_statistics(images: Iterable[Images]) -> Array:
     """Mean and standard deviation of every channel of every crop, [N, H, W, C] to [N, 2C]."""
     rows = []
     for image in images:
@@ -85,7 +85,7 @@ def crop_statistics(images: Iterable[Images]) -> npt.NDArray[np.float64]:
     return np.stack(rows)
 
 
-def border_statistics(images: Images) -> npt.NDArray[np.float64]:
+def border_statistics(images: Images) -> Array:
     """The same of a ring along the border of every crop, [N, H, W, C] to [N, 2C]."""
     height, width = images.shape[1:3]
     border = max(1, min(height, width) // _BORDER)

@@ -26,6 +26,7 @@ NO_INTERVAL: Interval = (None, None)
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Intervals = tuple[dict[str, Interval], str | None]
 
 
@@ -41,7 +42,7 @@ class Split:
       seed: of the replicates.
     """
 
-    labels: npt.NDArray[np.int64]
+    labels: Ints
     groups: npt.NDArray[Any]
     class_names: Sequence[str]
     num_bootstrap: int = 2000
@@ -65,7 +66,7 @@ def accuracies(hits: npt.NDArray[Any], crops: npt.NDArray[Any]) -> tuple[float, 
     return float(hits.sum() / crops.sum()), float(recalls.mean())
 
 
-def count_by_unit(right: npt.NDArray[np.bool_], split: Split) -> tuple[Ints, Ints]:
+def count_by_unit(right: Bools, split: Split) -> tuple[Ints, Ints]:
     """Crops classified rightly [U, K] and crops [U, K] of every unit, by true class.
 
     This is all of a unit's confusion matrix that accuracy and balanced accuracy depend on.

@@ -2,19 +2,15 @@
 
 import base64
 import dataclasses
-import logging
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.preprocessing import normalize
 
-from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Split, weights_of
+from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Bools, Split, weights_of
 from jaxcells.evaluation.metrics import Score
 from jaxcells.evaluation.predictions import Predictions
-
-logger = logging.getLogger("jaxcells")
 
 _KEPT = 0.95
 _UPPER = 0.975  # end of a 95 % interval
@@ -59,10 +55,9 @@ class Calibration:
 def fit_calibration(validation: Predictions, checkpoint: int) -> Calibration:
     """Fits the temperature and the threshold on crops that were not trained on.
 
-    The temperature is the likeliest one between 0.25 and 20 (Guo et al. 2017, section 4.2), and a
-    warning says where it is one of these. Where no validation crop is wrong, the likelihood rises
-    without end with confidence, and would ask for a certainty that so few crops cannot vouch for:
-    the temperature is then 1, the network's own.
+    The temperature is the likeliest one between 0.25 and 20 (Guo et al. 2017, section 4.2). Where
+    no validation crop is wrong, the likelihood rises without end with confidence, and would ask for
+    a certainty that so few crops cannot vouch for: the temperature is then 1, the network's own.
 
     A crop is called unknown by the cosine distance of its pooled features to the nearest of at most
     50 validation crops of each class (Sun et al. 2022, with k = 1). The threshold keeps 95 % of the
@@ -75,7 +70,6 @@ def fit_calibration(validation: Predictions, checkpoint: int) -> Calibration:
     nothing is called unknown.
     """
     logits, labels = validation.logits.astype(np.float64), validation.labels
-    bounds = np.log(_TEMPERATURES)
 
     def loss(log_temperature: float) -> float:
         log_probabilities = log_softmax(logits / np.exp(log_temperature), axis=1)
@@ -83,11 +77,8 @@ def fit_calibration(validation: Predictions, checkpoint: int) -> Calibration:
 
     temperature = 1.0
     if (validation.predicted != labels).any():
-        best = minimize_scalar(loss, bounds=bounds, method="bounded").x
-        temperature = float(np.exp(best))
-        if np.abs(best - bounds).min() < 1e-3:
-            limit = "the temperature is at its limit, %.3g: do not trust calibrated probabilities"
-            logger.warning(limit, temperature)
+        bounds = np.log(_TEMPERATURES)
+        temperature = float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
     of_classes = (np.flatnonzero(labels == k) for k in np.unique(labels))
     # Evenly over the order of the manifest, and so over fields.
     chosen = np.concatenate([crops[:: -(-len(crops) // _BANK)] for crops in of_classes])
@@ -101,7 +92,7 @@ def fit_calibration(validation: Predictions, checkpoint: int) -> Calibration:
     return Calibration(checkpoint, temperature, "nearest neighbour", threshold, stored)
 
 
-def _directions(predictions: Predictions) -> npt.NDArray[np.float64]:
+def _directions(predictions: Predictions) -> Array:
     """The features of every crop, scaled to length 1, [N, D]."""
     assert predictions.features is not None, "networks of several folds share no features"
     return normalize(predictions.features.astype(np.float64))
@@ -166,9 +157,7 @@ def reliability(predictions: Predictions, *, seed: int) -> Reliability:
     return Reliability(raw[0], calibrated[0], raw[1], calibrated[1])
 
 
-def _binned(
-    confidence: Array, right: npt.NDArray[np.bool_], split: Split
-) -> tuple[tuple[Bin, ...], Score]:
+def _binned(confidence: Array, right: Bools, split: Split) -> tuple[tuple[Bin, ...], Score]:
     """The bins of a reliability diagram, and the expected calibration error."""
     inner_edges = np.linspace(0, 1, _NUM_BINS + 1)[1:-1]
     members = np.searchsorted(inner_edges, confidence) == np.arange(_NUM_BINS)[:, None]

@@ -1,17 +1,17 @@
 """Eight lights on a tested network: what can be trusted, what to look at, what is not known."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jaxcells.data.audit import Audit
 from jaxcells.evaluation.evidence import Evidence
+from jaxcells.evaluation.figures import Records
 from jaxcells.evaluation.metrics import SplitMetrics
 from jaxcells.text import counted
 
 Light = Literal["good", "look", "bad", "unmeasured"]
 
-# Names of the checks in their order, and what to do.
+# What to do about each.
 _ADVICE = {
     "independent fields": "take more images; say what they share (slide, day) by data.split_by",
     "leaks": "resized or recompressed copies of images go unnoticed: leave such out yourself",
@@ -48,11 +48,7 @@ class Check:
 
 
 def run_checks(
-    test: SplitMetrics,
-    evidence: Evidence,
-    audit: Audit,
-    curves: Sequence[Mapping[str, Any]],
-    split_by: str,
+    test: SplitMetrics, evidence: Evidence, audit: Audit, curves: Records, split_by: str
 ) -> tuple[Check, ...]:
     """Looks at eight things that make figures worthless, or more modest than they seem.
 
@@ -67,18 +63,17 @@ def run_checks(
         the image folder brought its own split.
     """
     chance = 1 / sum(number > 0 for number in evidence.units.values())
-    found = (
-        _independence(evidence, split_by),
-        _leaks(audit, split_by),
-        _shortcuts(evidence, audit, chance),
-        _baselines(evidence),
-        _calibration(evidence),
-        _convergence(curves, chance),
-        _amounts(test, audit),
-        _unknowns(evidence),
-    )
-    checks = zip(_ADVICE.items(), found, strict=True)
-    return tuple(Check(name, light, reason, advice) for (name, advice), (light, reason) in checks)
+    found = {
+        "independent fields": _independence(evidence, split_by),
+        "leaks": _leaks(audit, split_by),
+        "shortcuts": _shortcuts(evidence, audit, chance),
+        "baseline beaten": _baselines(evidence),
+        "calibration": _calibration(evidence),
+        "convergence": _convergence(curves, chance),
+        "few crops": _amounts(test, audit),
+        "unknowns": _unknowns(evidence),
+    }
+    return tuple(Check(name, *lit, _ADVICE[name]) for name, lit in found.items())
 
 
 def _independence(evidence: Evidence, split_by: str) -> tuple[Light, str]:
@@ -147,7 +142,7 @@ def _calibration(evidence: Evidence) -> tuple[Light, str]:
     return light, f"calibrated probabilities are off by {error} on average"
 
 
-def _convergence(curves: Sequence[Mapping[str, Any]], chance: float) -> tuple[Light, str]:
+def _convergence(curves: Records, chance: float) -> tuple[Light, str]:
     val = [record for record in curves if record["split"] == "val"]
     if len(val) < 2:
         return "unmeasured", "no curves of a single training: see the runs behind these figures"
@@ -161,7 +156,7 @@ def _convergence(curves: Sequence[Mapping[str, Any]], chance: float) -> tuple[Li
         return "look", f"{reason}; training loss went from {before:.3g} to {after:.3g} in it"
     if last["loss"] > _RISEN * lowest:
         rise = f"from {lowest:.3g} to {last['loss']:.3g}"
-        return "look", f"{reason}, which was used; then its loss rose, {rise}: overfitting"
+        return "look", f"{reason}, which was used; then its loss rose, {rise}: overfitting, or too high a rate"
     return "good", reason
 
 

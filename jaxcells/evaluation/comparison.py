@@ -13,8 +13,10 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from jaxcells.evaluation import bootstrap
-from jaxcells.evaluation.bootstrap import Interval, Split
+from jaxcells.evaluation.bootstrap import Interval, Ints, Split
 from jaxcells.evaluation.metrics import Score
+
+Predicted = Mapping[str, npt.ArrayLike]  # int [S, N] by experiment
 
 RULE = (
     "Chosen is the fastest experiment whose validation balanced accuracy (mean over seeds) is "
@@ -103,9 +105,7 @@ class Comparison:
     p_value: float
 
 
-def choose(
-    predictions: Mapping[str, npt.ArrayLike], split: Split, seconds: Mapping[str, float]
-) -> Choice:
+def choose(predictions: Predicted, split: Split, seconds: Mapping[str, float]) -> Choice:
     """Chooses an experiment by `RULE`, from validation crops and training times alone.
 
     The best is the highest of several estimates and flattered by that; with it, the rule errs
@@ -149,9 +149,7 @@ def estimate(predictions: npt.ArrayLike, split: Split) -> Estimate:
     return Estimate(accuracy, balanced_accuracy, intervals, note, *deviation)
 
 
-def paired_difference(
-    predictions_a: npt.ArrayLike, predictions_b: npt.ArrayLike, split: Split
-) -> Estimate:
+def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, split: Split) -> Estimate:
     """How much more accurate experiment A is than B on the same crops, with paired intervals.
 
     The bootstrap of `classification_metrics`, with the same resampled fields for both: what makes
@@ -163,15 +161,15 @@ def paired_difference(
     alike: 94 % with 30 units a class, 93 % with 12, 91 % with 6, 87 % with 3, 62 % with 2.
 
     Args:
-      predictions_a: int [S, N].
-      predictions_b: int [T, N]; the number of seeds may differ.
+      a: int [S, N].
+      b: int [T, N]; the number of seeds may differ.
       split: its crops.
 
     Returns:
       A less B, exactly 0 for a tie.
     """
-    hits_a, crops = _hits(predictions_a, split)
-    hits_b, _ = _hits(predictions_b, split)
+    hits_a, crops = _hits(a, split)
+    hits_b, _ = _hits(b, split)
     # Whole numbers: a tie is a zero, not a rounding error.
     gain = len(hits_b) * hits_a.sum(axis=0) - len(hits_a) * hits_b.sum(axis=0)
     gain = gain / (len(hits_a) * len(hits_b))
@@ -197,22 +195,18 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def compare_with(
-    chosen: str, predictions: Mapping[str, npt.ArrayLike], split: Split
-) -> dict[str, Comparison]:
+def compare_with(chosen: str, predictions: Predicted, split: Split) -> dict[str, Comparison]:
     """Compares one experiment with each of the others on the same crops, usually the test split."""
     comparisons = {}
     for name in [name for name in predictions if name != chosen]:
         a, b = (np.asarray(predictions[n])[0] == split.labels for n in (chosen, name))
-        only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+        counts = int((a & ~b).sum()), int((b & ~a).sum())
         difference = paired_difference(predictions[chosen], predictions[name], split)
-        comparisons[name] = Comparison(difference, only_a, only_b, mcnemar(only_a, only_b))
+        comparisons[name] = Comparison(difference, *counts, mcnemar(*counts))
     return comparisons
 
 
-def _hits(
-    predictions: npt.ArrayLike, split: Split
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _hits(predictions: npt.ArrayLike, split: Split) -> tuple[Ints, Ints]:
     """Crops of every unit and true class that each network has right [S, U, K], and all [U, K]."""
     right = np.asarray(predictions) == split.labels
     counts = [bootstrap.count_by_unit(network, split) for network in right]

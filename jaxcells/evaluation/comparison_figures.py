@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,17 @@ from matplotlib.transforms import offset_copy
 from jaxcells.evaluation import figures
 from jaxcells.evaluation.comparison import Estimate
 from jaxcells.evaluation.comparison_table import Row
-from jaxcells.evaluation.figures import COLORS, PAGE, epoch_curve, log_axis_if_wide, save_figure
 from jaxcells.text import shortened_apart
 
 # More experiments than colours take the next line style.
-LINE_STYLES: list[dict[str, Any]] = list(cycler(ls=["-", "--", ":", "-."]) * cycler(color=COLORS))
+_COLORED = cycler(ls=["-", "--", ":", "-."]) * cycler(color=figures.COLORS)
+LINE_STYLES: list[dict[str, Any]] = list(_COLORED)
 # Units of time, and the seconds up to which each is used.
 _UNITS = (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, float("inf")))
 
-Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
-
-def plot_accuracy_against_time(rows: Sequence[Row], path: Path, **references: float | None) -> None:
-    """Write `draw_accuracy_against_time` as a PNG."""
-    save_figure(draw_accuracy_against_time(rows, **references), path, dpi=300)
-
-
-@rc_context(PAGE)
-def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) -> Figure:
+@rc_context(figures.PAGE)
+def draw_accuracy_against_time(rows: Sequence[Row], references: Mapping[str, float]) -> Figure:
     """Draw balanced accuracy with its 95 % interval against the training time.
 
     Validation, by which the choice is made, is a filled disc; test, a hollow square beside it. The
@@ -44,24 +36,24 @@ def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) 
 
     Args:
       rows: the experiments.
-      **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
+      references: "chance" and "brightness" in balanced accuracy, see `draw_references`.
     """
     longest = max(row.train_s for row in rows)
     unit, seconds, _ = next(entry for entry in _UNITS if longest <= entry[2])
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
-    log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows])
+    figures.log_axis_if_wide(axes.xaxis, [row.train_s / seconds for row in rows])
     keys: list[Artist] = []
     names = shortened_apart([row.name for row in rows], 28)
     for row, name, style in zip(rows, names, itertools.cycle(LINE_STYLES), strict=False):
         x, y = row.train_s / seconds, row.validation.balanced_accuracy
-        _draw_estimate(figure, axes, x, row.validation, style, aside=False)
-        _draw_estimate(figure, axes, x, row.test, style, aside=True)
+        _draw_estimate(axes, x, row.validation, style)
+        _draw_estimate(axes, x, row.test, style, aside=True)
         if row.chosen:
             axes.plot(x, y, "o", ms=14, mfc="none", mec=style["color"], mew=1.6)
         keys.append(Line2D([], [], marker="o", ms=6, label=name, **style))
     axes.margins(x=0.08)
-    figures.draw_references(axes, **references)
+    figures.draw_references(axes, references)
     axes.set(xlabel=f"training time ({unit})", ylabel="balanced accuracy")
     grey: dict[str, Any] = {"color": "#555555", "linestyle": "none"}
     keys += [
@@ -74,16 +66,9 @@ def draw_accuracy_against_time(rows: Sequence[Row], **references: float | None) 
     return figure
 
 
-def plot_curves_together(
-    records: Mapping[str, Sequence[Records]], path: Path, **references: float | None
-) -> None:
-    """Write `draw_curves_together` as a PNG."""
-    save_figure(draw_curves_together(records, **references), path, dpi=300)
-
-
-@rc_context(PAGE)
+@rc_context(figures.PAGE)
 def draw_curves_together(
-    records: Mapping[str, Sequence[Records]], **references: float | None
+    records: Mapping[str, Sequence[figures.Records]], references: Mapping[str, float]
 ) -> Figure:
     """Draw training loss and validation balanced accuracy of all experiments by epoch.
 
@@ -91,7 +76,7 @@ def draw_curves_together(
 
     Args:
       records: {experiment: for each seed the lines of metrics.jsonl}.
-      **references: `chance` and `brightness` in balanced accuracy, see `draw_references`.
+      references: "chance" and "brightness" in balanced accuracy, see `draw_references`.
     """
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
@@ -100,10 +85,10 @@ def draw_curves_together(
         _draw_seeds(loss_axes, seeds, "train", "loss", style)
         _draw_seeds(accuracy_axes, seeds, "val", "balanced_accuracy", style)
         keys.append(Line2D([], [], lw=1.6, label=name, **style))
-    figures.draw_references(accuracy_axes, **references)
+    figures.draw_references(accuracy_axes, references)
     keys += accuracy_axes.get_legend_handles_labels()[0]
     losses = [loss for line in loss_axes.get_lines() for loss in line.get_ydata()]
-    log_axis_if_wide(loss_axes.yaxis, losses)
+    figures.log_axis_if_wide(loss_axes.yaxis, losses)
     loss_axes.set(title="Training loss (nats)", xlabel="epoch")
     accuracy_axes.set(title="Validation balanced accuracy", xlabel="epoch")
     for axes in (loss_axes, accuracy_axes):
@@ -112,13 +97,12 @@ def draw_curves_together(
     return figure
 
 
-@rc_context(PAGE)
-def plot_learning_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
+@rc_context(figures.PAGE)
+def draw_learning_curves(curves: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw validation balanced accuracy with its 95 % interval against the training images.
 
     Args:
       curves: {what was trained: its rows, by their number of training images}.
-      path: where the PNG goes.
     """
     figure = Figure(figsize=(6.3, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -127,20 +111,20 @@ def plot_learning_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> Non
         numbers = [row.training_images for row in rows]
         axes.plot(numbers, [row.validation.balanced_accuracy for row in rows], label=name, **style)
         for row in rows:
-            _draw_estimate(figure, axes, row.training_images, row.validation, style, aside=False)
+            _draw_estimate(axes, row.training_images, row.validation, style)
     shown = sorted({row.training_images for rows in curves.values() for row in rows})
     axes.set_xticks(shown, labels=list(map(str, shown)))
     axes.minorticks_off()
     axes.set(xlabel="training images", ylabel="balanced accuracy, validation")
     axes.legend(loc="lower right")
-    save_figure(figure, path, dpi=300)
+    return figure
 
 
 def _draw_seeds(
-    axes: Axes, seeds: Sequence[Records], split: str, key: str, style: Mapping[str, Any]
+    axes: Axes, seeds: Sequence[figures.Records], split: str, key: str, style: Mapping[str, Any]
 ) -> None:
     """Draw a curve for each seed, and their mean where all are."""
-    curves = [epoch_curve(records, split, [key]) for records in seeds]
+    curves = [figures.epoch_curve(records, split, [key]) for records in seeds]
     curves = [curve for curve in curves if curve["epoch"].size]
     if not curves:
         return
@@ -152,7 +136,7 @@ def _draw_seeds(
 
 
 def _draw_estimate(
-    figure: Figure, axes: Axes, x: float, estimate: Estimate, style: dict[str, Any], *, aside: bool
+    axes: Axes, x: float, estimate: Estimate, style: dict[str, Any], *, aside: bool = False
 ) -> None:
     """Draw a balanced accuracy with its interval."""
     y = estimate.balanced_accuracy
@@ -160,7 +144,9 @@ def _draw_estimate(
     axes.update_datalim([(x, end) for end in (y, *ends)])
     axes.autoscale_view()
     # Fixed on paper, not in seconds; for this reason matplotlib leaves it out of the limits.
-    place = offset_copy(axes.transData, figure, x=7 if aside else 0, units="points")
+    place = offset_copy(
+        axes.transData, axes.get_figure(root=True), x=7 if aside else 0, units="points"
+    )
     style = style | {"transform": place}
     axes.plot([x] * len(ends), ends, lw=1 if aside else 1.6, marker="_", ms=5, **style)
     marker, size, face = ("s", 5, "white") if aside else ("o", 6, style["color"])

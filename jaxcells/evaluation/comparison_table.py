@@ -16,6 +16,8 @@ from jaxcells.files import write_csv, write_whole
 from jaxcells.text import amount, digits, duration, markdown, markdown_table, text_table
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # arguments of `text_table`
+Parts = Sequence[str | Table]
+Failures = Mapping[str, str]  # why a training did not come to its end, by its label
 
 _WIDTH = 100  # of the text; Markdown may be wider
 _SPLITS = ("validation", "test")
@@ -73,9 +75,7 @@ class Row:
     training_images: int
 
 
-def write_table(
-    folder: Path, rows: Sequence[Row], failures: Mapping[str, str], parts: Sequence[str | Table]
-) -> None:
+def write_table(folder: Path, rows: Sequence[Row], failures: Failures, parts: Parts) -> None:
     """Writes table.md, of `paragraphs`, and table.csv.
 
     The latter has a line per experiment: raw numbers in seconds and bytes. The columns of each
@@ -111,10 +111,10 @@ def write_table(
 
 def paragraphs(
     rows: Sequence[Row],
-    failures: Mapping[str, str],
+    failures: Failures,
     choice: Choice,
     comparisons: Mapping[str, Comparison],
-    notes: Sequence[str | Table],
+    notes: Parts,
 ) -> list[str | Table]:
     """The comparison for a reader, as sentences and tables.
 
@@ -187,12 +187,12 @@ def learning_curve(
     return prose.paragraphs("learning_curve", points, name=name, **values)
 
 
-def as_markdown(parts: Sequence[str | Table]) -> str:
+def as_markdown(parts: Parts) -> str:
     """`paragraphs` for a paper."""
     return "\n\n".join(markdown(p) if isinstance(p, str) else markdown_table(*p) for p in parts)
 
 
-def as_text(parts: Sequence[str | Table]) -> str:
+def as_text(parts: Parts) -> str:
     """`paragraphs` as plain text at most 100 columns wide."""
     fill = textwrap.TextWrapper(_WIDTH, break_on_hyphens=False).fill
     return "\n\n".join(

@@ -101,8 +101,8 @@ def plot_network(
     example = next(b for a, b in itertools.pairwise(blocks) if a.stage == b.stage)
     kind = "pre-activation unit" if example.preactivation else "residual block"
     titles = (kind, "its plain twin") if shortcuts else ("plain block", "its residual twin")
-    y = _draw_twin(axes, left, titles[0], example, shortcut=shortcuts)
-    _draw_twin(axes, left + _TWIN, titles[1], example, shortcut=not shortcuts)
+    _draw_twin(axes, left, titles[0], example, shortcut=shortcuts)
+    y = _draw_twin(axes, left + _TWIN, titles[1], example, shortcut=not shortcuts)
     y = _draw_legend(axes, left, y + 0.5, example, shortcuts=shortcuts)
 
     width, height = left + 2 * _TWIN, max(lowest, y) + 0.05
@@ -137,11 +137,9 @@ def _operations(layer: Layer) -> tuple[str, ...]:
 def _label(layer: Layer, conv: str = "") -> str:
     """What stands in the box of a layer; `conv` follows the kernel of a convolution."""
     conv = f"{layer.kernel}×{layer.kernel}{conv}"
-    names = {"conv": conv, "norm": "norm, relu", "mean": "global mean"}
-    label = names.get(layer.kind, layer.kind)
-    if layer.kind in ("conv", "dense"):
-        label += f", {layer.output[-1]}"
-    return label + (f", /{layer.stride}" if layer.stride > 1 else "")
+    label = {"conv": conv, "norm": "norm, relu", "mean": "global mean"}.get(layer.kind, layer.kind)
+    channels = f", {layer.output[-1]}" if layer.kind in ("conv", "dense") else ""
+    return label + channels + (f", /{layer.stride}" if layer.stride > 1 else "")
 
 
 def _folded(blocks: Sequence[_Block]) -> list[tuple[_Block, int]]:
@@ -187,12 +185,10 @@ def _draw_stage(axes: Axes, x: float, top: float, drawn: Sequence[tuple[_Block, 
         y += _LEAD + _SUM
         if block.shortcut != "none":
             _shortcut(axes, center, fork, y, _BOX_WIDTH / 2 + _REACH, block.shortcut)
-        if count > 1:  # sheets of paper under a block that stands for many
-            for aside in (0.1, 0.05, 0):
-                at, size = (x + 0.05 + aside, fork - 0.05 + aside), (_PANEL - 0.18, y + 0.22 - fork)
-                _rectangle(axes, at, size, "white", radius=0.08, zorder=1, lw=0.4)
+        if count > 1:  # a frame around a block that stands for many
+            at, size = (x + 0.05, fork - 0.05), (_PANEL - 0.1, y + 0.22 - fork)
+            _rectangle(axes, at, size, "white", radius=0.08, zorder=1, lw=0.4)
             _text(axes, center - 0.15, y, f"×{count}", weight="bold", ha="right")
-            y += 0.1
         y += _SUM + 0.1
     bottom = y + 0.08
     _wire(axes, [(center, start), (center, bottom)])
@@ -253,9 +249,9 @@ def _draw_legend(axes: Axes, x: float, y: float, block: _Block, *, shortcuts: bo
             _text(axes, x + 1.5, y, text, ha="left")
             y += 0.4
     _box(axes, x + 0.65, y - _BOX_HEIGHT / 2, "k×k, C, /s", _BOX_COLORS[0], 1.3)
-    _text(axes, x + 1.5, y, "k×k convolution, C channels, stride s,", ha="left")
     order = "preceded" if block.preactivation else "followed"
-    _text(axes, x + 1.5, y + 0.32, f"{order} by norm and relu", ha="left")
+    meaning = f"k×k convolution, C channels, stride s,\n{order} by norm and relu"
+    _text(axes, x + 1.5, y - 0.12, meaning, ha="left", va="top")
     return y + 0.5
 
 
@@ -273,8 +269,7 @@ def _shortcut(axes: Axes, x: float, fork: float, y: float, reach: float, kind: s
     way = [(x, fork), (side, fork), (side, y), (x + _SUM, y)]
     _wire(axes, way, arrow=True, color="black", lw=0.9, linestyle=_LINES[kind])
     axes.add_patch(Circle((x, y), _SUM, facecolor="white", edgecolor=_INK, lw=0.7, zorder=3))
-    for dx, dy in ((0.6 * _SUM, 0), (0, 0.6 * _SUM)):
-        axes.plot([x - dx, x + dx], [y - dy, y + dy], color=_INK, lw=0.7, zorder=4)
+    axes.plot(x, y, "+", color=_INK, ms=3, mew=0.7, zorder=4)
 
 
 def _rectangle(axes: Axes, at: _XY, size: _XY, color: str, radius: float, **style: Any) -> None:
@@ -283,22 +278,11 @@ def _rectangle(axes: Axes, at: _XY, size: _XY, color: str, radius: float, **styl
 
 
 def _wire(axes: Axes, points: Sequence[_XY], *, arrow: bool = False, **style: Any) -> None:
-    """Draws a line from point to point with rounded corners."""
-    vertices, codes = [points[0]], [Outline.MOVETO]
-    for before, corner, after in zip(points, points[1:], points[2:], strict=False):
-        vertices += [_toward(corner, before), corner, _toward(corner, after)]
-        codes += [Outline.LINETO, Outline.CURVE3, Outline.CURVE3]
-    outline = Outline([*vertices, points[-1]], [*codes, Outline.LINETO])
+    """Draws a line from point to point."""
     head = "-|>,head_length=0.45,head_width=0.18" if arrow else "-"
-    look: dict[str, Any] = {"color": _INK, "lw": 0.7, "zorder": 2, "joinstyle": "miter"} | style
-    axes.add_patch(FancyArrowPatch(path=outline, arrowstyle=head, mutation_scale=7, **look))
-
-
-def _toward(start: _XY, end: _XY) -> _XY:
-    """Returns the point 1 mm from `start` on the way to `end`, or half-way if that is nearer."""
-    dx, dy = end[0] - start[0], end[1] - start[1]
-    share = min(0.5, 0.1 / max(abs(dx), abs(dy)))  # lines run along one axis
-    return start[0] + share * dx, start[1] + share * dy
+    look: dict[str, Any] = {"color": _INK, "lw": 0.7, "zorder": 2, "joinstyle": "round"} | style
+    way = FancyArrowPatch(path=Outline(points), arrowstyle=head, mutation_scale=7, **look)
+    axes.add_patch(way)
 
 
 def _text(axes: Axes, x: float, y: float, text: str, *, size: float = _SMALL, **style: Any) -> None:

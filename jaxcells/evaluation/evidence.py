@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.metrics import silhouette_samples
 
 from jaxcells.evaluation.baseline import BASELINES
-from jaxcells.evaluation.bootstrap import Split
+from jaxcells.evaluation.bootstrap import Bools, Split
 from jaxcells.evaluation.calibration import Reliability, reliability
 from jaxcells.evaluation.comparison import Estimate, estimate, paired_difference
 from jaxcells.evaluation.metrics import Score, SplitMetrics, field_metrics
@@ -127,11 +126,8 @@ class Evidence:
     @property
     def unbeaten(self) -> str | None:
         """A sentence on the baselines that the network is not shown to beat, if there are any."""
-        reached = [
-            f"{baseline.description} ({baseline.balanced_accuracy:.3f})"
-            for baseline in self.baselines.values()
-            if not baseline.beaten
-        ]
+        unbeaten = [baseline for baseline in self.baselines.values() if not baseline.beaten]
+        reached = [f"{b.description} ({b.balanced_accuracy:.3f})" for b in unbeaten]
         text = f"the network is not shown to beat the balanced accuracy of {' or '.join(reached)}"
         return text if reached else None
 
@@ -180,9 +176,7 @@ def _subsets(
     }
 
 
-def _subset(
-    name: np.str_, rows: npt.NDArray[np.bool_], tested: Predictions, split: Split
-) -> Subset:
+def _subset(name: np.str_, rows: Bools, tested: Predictions, split: Split) -> Subset:
     groups = split.groups[rows]
     units = groups if len(set(groups)) > 1 else tested.sources[rows]
     part = dataclasses.replace(split, labels=split.labels[rows], groups=units)
@@ -219,11 +213,9 @@ def _clusters(tested: Predictions, seed: int) -> Clusters | None:
 
 def _suspects(tested: Predictions) -> tuple[Suspect, ...]:
     found = []
-    fields, index = np.unique(tested.sources, return_inverse=True)
-    for number, field in enumerate(fields.tolist()):
-        rows = np.flatnonzero(index == number)
-        mean, label = tested.calibrated[rows].mean(axis=0), tested.labels[rows[0]]
+    for crop, num_crops, mean in zip(*tested.field_means(tested.calibrated), strict=True):
+        label, name = tested.labels[crop], tested.class_names[mean.argmax()]
         if mean.argmax() != label:
-            names = tested.class_names[label], tested.class_names[mean.argmax()]
-            found.append(Suspect(field, *names, float(mean[label]), len(rows)))
+            names = tested.records[crop].source, tested.records[crop].label, name
+            found.append(Suspect(*names, float(mean[label]), int(num_crops)))
     return tuple(sorted(found, key=lambda suspect: suspect.probability_of_label)[:_MOST_SUSPECTS])

@@ -1,4 +1,4 @@
-"""curves.png, confusion.png and sheets of example crops (matplotlib, no display needed)."""
+"""Curves, confusion.png and sheets of example crops (matplotlib, no display needed)."""
 
 import itertools
 import operator
@@ -23,6 +23,8 @@ from jaxcells.text import natural, shortened_apart
 # orange, sky blue, black; without the yellow, which is lost on white.
 COLORS = tuple(to_hex(matplotlib.color_sequences["okabe_ito"][n]) for n in (5, 6, 3, 7, 1, 2, 0))
 
+Records = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
+
 PAGE: Any = {  # how curves look, whose letters are in points at the width of a page
     "axes.grid": True,
     "axes.spines.right": False,
@@ -40,35 +42,19 @@ _STYLE: dict[str, dict[str, Any]] = {  # the lines differ in grey too
 _WORTH_A_LOGARITHM = 4  # ratio of the largest to the smallest value
 _REFERENCES = {"chance": ("chance", ":"), "brightness": ("brightness alone, test", "-.")}
 _DARK = 128  # 8-bit images are, if 99.5 % of their pixels are below this
-_SWING_EXPLAINED = (
-    "With batch norm, validation often swings in the first epochs: it uses running statistics, "
-    "which lag behind a network that still changes fast."
-)
 # Class names come from folders: "$" and "_" in them are letters, not formulas.
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 # Colours of the channels, by their number; magenta and green, as red and green look alike to many.
 _CHANNEL_COLORS = {1: [[1, 1, 1]], 2: [[1, 0, 1], [0, 1, 0]], 3: [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
 
 
-def plot_curves(
-    records: Sequence[Mapping[str, Any]], path: Path, *, best_step: int, **references: float | None
-) -> None:
-    """Writes `draw_curves` as a PNG."""
-    save_figure(draw_curves(records, references, best_step=best_step), path)
-
-
 @matplotlib.rc_context(PAGE)
 def draw_curves(
-    records: Sequence[Mapping[str, Any]],
-    references: Mapping[str, float | None],
-    *,
-    best_step: int,
-    stacked: bool = False,
+    records: Records, references: Mapping[str, float], *, best_step: int, stacked: bool = False
 ) -> Figure:
     """Draws loss and accuracy against the epoch, for training and validation.
 
-    The loss has a logarithmic axis where it asks for one. A validation loss that swings far above
-    all training losses in the first epochs is explained below the curves.
+    The loss has a logarithmic axis where it asks for one.
 
     Args:
       records: the lines of metrics.jsonl, each with step, epoch, split ("train" or "val"), loss
@@ -92,30 +78,25 @@ def draw_curves(
             axes.plot(epoch, value, "*", ms=13, mec="white", color="black", label=label, zorder=3)
         axes.set(title=key.capitalize(), xlabel="epoch", ylabel="nats" if key == "loss" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    draw_references(panels[1], **references)
+    draw_references(panels[1], references)
     for axes in panels:
         axes.legend(frameon=True, framealpha=0.9, edgecolor="none")  # lines may run below it
-    train_loss, val_loss = curves["train"]["loss"], curves["val"]["loss"]
-    log_axis_if_wide(panels[0].yaxis, [*train_loss, *val_loss])
-    if max(val_loss[:5], default=0) > 2 * max(train_loss, default=np.inf):
-        text = textwrap.fill(_SWING_EXPLAINED, 70) if stacked else _SWING_EXPLAINED
-        figure.supxlabel(text, fontsize=8, color="#555555")
+    log_axis_if_wide(panels[0].yaxis, [*curves["train"]["loss"], *curves["val"]["loss"]])
     return figure
 
 
-def draw_references(axes: Axes, **references: float | None) -> None:
+def draw_references(axes: Axes, references: Mapping[str, float]) -> None:
     """Draws what an accuracy must beat as horizontal lines that explain themselves.
 
     Args:
       axes: whose y axis is an accuracy.
-      **references: `chance`, the accuracy of guessing, such as 1 / K; and `brightness`, that of
-        brightness and contrast alone on the test split. None draws no line.
+      references: "chance", the accuracy of guessing, such as 1 / K; and "brightness", that of
+        brightness and contrast alone on the test split.
     """
     for key, value in references.items():
         name, linestyle = _REFERENCES[key]
-        if value is not None:
-            label = f"{name} ({value:.3f})"
-            axes.axhline(value, color="#777777", lw=1, ls=linestyle, label=label)
+        label = f"{name} ({value:.3f})"
+        axes.axhline(value, color="#777777", lw=1, ls=linestyle, label=label)
 
 
 def log_axis_if_wide(axis: XAxis | YAxis, values: Sequence[float]) -> None:
@@ -245,7 +226,7 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
 
 
 def epoch_curve(
-    records: Sequence[Mapping[str, Any]], split: str, keys: Sequence[str] = ("loss", "accuracy")
+    records: Records, split: str, keys: Sequence[str] = ("loss", "accuracy")
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Columns epoch, step and `keys` of one split of metrics.jsonl, one row per epoch."""
     by_step = {record["step"]: record for record in records if record["split"] == split}

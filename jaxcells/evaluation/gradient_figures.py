@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,11 +18,9 @@ from jaxcells.evaluation import prose
 from jaxcells.evaluation.figures import COLORS, PAGE, save_figure
 from jaxcells.text import markdown_table
 
-_STYLES: tuple[dict[str, Any], ...] = (  # the dashes tell the lines apart in grey too
-    {"color": COLORS[1], "linestyle": "-", "marker": "o"},
-    {"color": COLORS[0], "linestyle": (0, (5, 1.5)), "marker": "s"},
-    {"color": COLORS[2], "linestyle": (0, (1.5, 1)), "marker": "^"},
-)
+# The dashes tell the lines apart in grey too.
+_DASHES = ["-", (0, (5, 1.5)), (0, (1.5, 1))]
+_STYLES = cycler(color=[COLORS[n] for n in (1, 0, 2)], linestyle=_DASHES, marker="os^")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +84,8 @@ def plot_gradients(measured: Sequence[Measurement], path: Path) -> None:
         axes.margins(y=0.1)
         title = f"{letter}  {'With' if shown[0].norms else 'Without'} norms, {_state(shown[0])}"
         for m in shown:
-            look: dict[str, Any] = {"lw": 1.2, "ms": 2.6, "markevery": 1 + len(m.layers) // 35}
-            depth = range(1, len(m.layers) + 1)
-            axes.plot(depth, m.gradient_norms, label=m.network, **look, **styles[m.network])
+            look = styles[m.network] | {"lw": 1.2, "ms": 2.6, "markevery": 1 + len(m.layers) // 35}
+            axes.plot(range(1, len(m.layers) + 1), m.gradient_norms, label=m.network, **look)
             if m.diverged is not None:
                 title += f"\n    {m.network} diverged at step {m.diverged}"
         axes.set_title(title, loc="left")

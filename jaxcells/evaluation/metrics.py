@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 from sklearn.metrics import confusion_matrix
 
 from jaxcells.evaluation import bootstrap
-from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Interval, Ints, Split
+from jaxcells.evaluation.bootstrap import NO_INTERVAL, Array, Bools, Interval, Ints, Split
 from jaxcells.evaluation.predictions import Predictions
 from jaxcells.text import shortened, text_table
 
@@ -185,12 +185,10 @@ def field_metrics(predictions: Predictions, *, seed: int) -> SplitMetrics:
       predictions: of crops; all of a field are of its class.
       seed: of the replicates.
     """
-    _, first, field = np.unique(predictions.sources, return_index=True, return_inverse=True)
-    sums = np.zeros((len(first), len(predictions.class_names)))
-    np.add.at(sums, field, predictions.probabilities)
+    first, _, means = predictions.field_means(predictions.probabilities)
     crops = predictions.split(seed)
     fields = dataclasses.replace(crops, labels=crops.labels[first], groups=crops.groups[first])
-    return classification_metrics(sums / np.bincount(field)[:, None], fields)
+    return classification_metrics(means, fields)
 
 
 def confusion_figures(confusion: Array) -> dict[str, Array]:
@@ -229,7 +227,7 @@ def confusion_figures(confusion: Array) -> dict[str, Array]:
     return figures
 
 
-def areas(scores: Array, positive: npt.NDArray[np.bool_], weights: Array) -> tuple[Array, Array]:
+def areas(scores: Array, positive: Bools, weights: Array) -> tuple[Array, Array]:
     """Areas under the ROC and the precision-recall curve in every replicate; NaN is undefined.
 
     Crops of one score enter the curves together. The ROC curve is joined by lines, the other one
@@ -256,9 +254,7 @@ def areas(scores: Array, positive: npt.NDArray[np.bool_], weights: Array) -> tup
         return below, (gained * precision).sum(axis=0) / found[-1]
 
 
-def _figures(
-    probabilities: Array, predicted: Ints, split: Split, weights: Array
-) -> dict[str, Array]:
+def _figures(shares: Array, predicted: Ints, split: Split, weights: Array) -> dict[str, Array]:
     """Figures of the split [R] and of its classes [R, K] by name, for weights of crops [N, R]."""
     labels, crops = split.labels, np.arange(len(predicted))
     classes = np.arange(len(split.class_names))
@@ -266,16 +262,16 @@ def _figures(
     one_hot = csr_array((np.ones(len(crops)), (cells, crops)), (len(classes) ** 2, len(crops)))
     figures = confusion_figures((one_hot @ weights).T.reshape(-1, len(classes), len(classes)))
     smallest = np.finfo(np.float64).eps
-    square = ((probabilities - (labels[:, None] == classes)) ** 2).sum(axis=1)
+    square = ((shares - (labels[:, None] == classes)) ** 2).sum(axis=1)
     means = {
-        "log_loss": -np.log(np.clip(probabilities[crops, labels], smallest, 1 - smallest)),
+        "log_loss": -np.log(np.clip(shares[crops, labels], smallest, 1 - smallest)),
         "brier": square / 2 if len(classes) == 2 else square,
     }
     if len(classes) > _TOP:
-        top = np.argsort(probabilities, axis=1, kind="stable")[:, -_TOP:]
+        top = np.argsort(shares, axis=1, kind="stable")[:, -_TOP:]
         means["top_5_accuracy"] = (top == labels[:, None]).any(axis=1).astype(np.float64)
     figures |= {key: values @ weights / weights.sum(axis=0) for key, values in means.items()}
-    under = np.array([areas(probabilities[:, k], labels == k, weights) for k in classes])
+    under = np.array([areas(shares[:, k], labels == k, weights) for k in classes])
     for key, values in zip(_CURVES, under.transpose(1, 2, 0), strict=True):
         figures |= {key: values, f"macro_{key}": values.mean(axis=1)}
     return figures
@@ -333,15 +329,12 @@ def summary_table(metrics: SplitMetrics, title: str) -> str:
         rows.append([name, *ratios, str(row.support)])
     lines = [
         shortened(title, _WIDTH),
-        f"{metrics.num_crops} crops from {metrics.num_fields} independent fields (groups)",
+        f"{metrics.num_crops} crops from {metrics.num_fields} independent fields (groups); "
+        "95 % intervals over these",
         f"\n{text_table(header, rows, width=_WIDTH)}\n",
+        *(f"{key.replace('_', ' ')} {metrics.scores[key]}" for key in _SUMMARY),
+        f"loss {metrics.loss:.3f}",
     ]
-    for key in _SUMMARY:
-        value, (low, high) = metrics.scores[key].value, metrics.scores[key].interval_95
-        if value is not None:
-            interval = "none" if low is None else f"{low:.3f} to {high:.3f}"
-            lines.append(f"{key.replace('_', ' ')} {value:.3f}, 95 % interval {interval}")
-    lines.append(f"loss {metrics.loss:.3f}")
     absent = f"not in this split: {', '.join(metrics.absent_classes)}"
     notes = [metrics.interval_note, absent if metrics.absent_classes else None]
     lines += [textwrap.fill(f"note: {note}", _WIDTH) for note in notes if note]

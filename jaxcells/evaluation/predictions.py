@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy.special import softmax
 
 from jaxcells.data.crop_set import CropRecord
-from jaxcells.evaluation.bootstrap import Split
+from jaxcells.evaluation.bootstrap import Array, Ints, Split
 from jaxcells.files import Error, write_csv
 
 _ARRAYS = ("logits", "temperature", "unknown", "features", "folds")
@@ -38,29 +38,29 @@ class Predictions:
     records: tuple[CropRecord, ...]
     class_names: tuple[str, ...]
     logits: npt.NDArray[np.float32]
-    temperature: npt.NDArray[np.float64]
-    unknown: npt.NDArray[np.float64]
+    temperature: Array
+    unknown: Array
     features: npt.NDArray[np.float32] | None
-    baselines: Mapping[str, npt.NDArray[np.int64]] = dataclasses.field(default_factory=dict)
-    folds: npt.NDArray[np.int64] | None = None
+    baselines: Mapping[str, Ints] = dataclasses.field(default_factory=dict)
+    folds: Ints | None = None
 
     @functools.cached_property
-    def labels(self) -> npt.NDArray[np.int64]:
+    def labels(self) -> Ints:
         """The true classes, int [N]."""
         return np.array([self.class_names.index(r.label) for r in self.records], np.int64)
 
     @functools.cached_property
-    def predicted(self) -> npt.NDArray[np.int64]:
+    def predicted(self) -> Ints:
         """The most probable classes, int [N]; calibration does not change them."""
         return self.logits.argmax(axis=1)
 
     @functools.cached_property
-    def probabilities(self) -> npt.NDArray[np.float64]:
+    def probabilities(self) -> Array:
         """Those of the network as it was trained, [N, K]."""
         return softmax(self.logits.astype(np.float64), axis=1)
 
     @functools.cached_property
-    def calibrated(self) -> npt.NDArray[np.float64]:
+    def calibrated(self) -> Array:
         """Probabilities at the temperature, [N, K]."""
         return softmax(self.logits / self.temperature[:, None], axis=1)
 
@@ -74,6 +74,13 @@ class Predictions:
         """The image of every crop, [N]."""
         return np.array([record.source for record in self.records])
 
+    def field_means(self, values: Array) -> tuple[Ints, Ints, Array]:
+        """The first crop of every field [F], its number of crops [F], means [F, K] of [N, K]."""
+        _, first, field = np.unique(self.sources, return_index=True, return_inverse=True)
+        sums, counts = np.zeros((len(first), values.shape[1])), np.bincount(field)
+        np.add.at(sums, field, values)
+        return first, counts, sums / counts[:, None]
+
     def split(self, seed: int) -> Split:
         """What figures and their intervals are computed from; `seed` is of the bootstrap."""
         return Split(self.labels, self.groups, self.class_names, seed=seed)
@@ -81,9 +88,8 @@ class Predictions:
     def rows(self) -> tuple[list[str], list[list[object]]]:
         """Header and rows of predictions_<split>.csv, one for each crop."""
         header = ["path", "label", "prediction", "source", "group", "unknown"]
-        header += [
-            f"{kind} {n}" for kind in ("probability", "calibrated") for n in self.class_names
-        ]
+        for kind in ("probability", "calibrated"):
+            header += [f"{kind} {name}" for name in self.class_names]
         rows: list[list[object]] = []
         for number, record in enumerate(self.records):
             name, unknown = self.class_names[self.predicted[number]], self.unknown[number] > 0
@@ -128,9 +134,6 @@ def read_predictions(
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise Error(f"{path}: missing or damaged ({error}); run `evaluate` again") from error
     own: dict[str, Any] = {name: arrays.get(name) for name in _ARRAYS}
-    baselines = {
-        name.removeprefix(_BASELINE): classes
-        for name, classes in arrays.items()
-        if name.startswith(_BASELINE)
-    }
+    names = [name for name in arrays if name.startswith(_BASELINE)]
+    baselines = {name.removeprefix(_BASELINE): arrays[name] for name in names}
     return Predictions(tuple(records), tuple(class_names), baselines=baselines, **own)

@@ -19,6 +19,7 @@ from jaxcells.evaluation import comparison_figures, comparison_table, predict
 from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
 from jaxcells.evaluation.comparison_table import Row, Table
+from jaxcells.evaluation.figures import save_figure
 from jaxcells.evaluation.prose import paragraphs
 from jaxcells.files import Error, Workdir, from_record, logger, read_json, write_json
 from jaxcells.models import create_model
@@ -203,10 +204,16 @@ def write_comparison(
     parts = comparison_table.paragraphs(rows, failures, choice, comparisons, notes)
     folder = workdir.comparison
     comparison_table.write_table(folder, rows, failures, parts)
-    comparison_figures.plot_accuracy_against_time(rows, folder / "accuracy_against_time.png")
-    comparison_figures.plot_curves_together(_by_name(done, records), folder / "curves.png")
+    reached = baselines["brightness"].balanced_accuracy
+    levels = {"chance": 1 / len(data.crop_set.class_names), "brightness": reached}
+    pictures = {
+        "accuracy_against_time": comparison_figures.draw_accuracy_against_time(rows, levels),
+        "curves": comparison_figures.draw_curves_together(_by_name(done, records), levels),
+    }
     if curves:
-        comparison_figures.plot_learning_curves(curves, folder / "learning_curve.png")
+        pictures["learning_curve"] = comparison_figures.draw_learning_curves(curves)
+    for name, picture in pictures.items():
+        save_figure(picture, folder / f"{name}.png", dpi=300)
     everything = {
         "choice": dataclasses.asdict(choice),
         "experiments": [dataclasses.asdict(row) for row in rows],

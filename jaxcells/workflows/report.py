@@ -71,9 +71,12 @@ def _study_of_comparison(workdir: Workdir) -> Study:
     records = {
         name: [read_metrics(run.metrics) for run in of_name] for name, of_name in runs.items()
     }
+    trained = next(iter(found["trainings"].values()))["evidence"]
+    reached = trained["baselines"]["brightness"]["balanced_accuracy"]
+    levels = {"chance": 1 / len(trained["units"]), "brightness": reached}
     pictures = {
-        "Accuracy against training time": draw_accuracy_against_time(rows),
-        "Curves of all experiments": draw_curves_together(records),
+        "Accuracy against training time": draw_accuracy_against_time(rows, levels),
+        "Curves of all experiments": draw_curves_together(records, levels),
     }
     chosen = runs[found["choice"]["chosen"]][0]
     return _study_of_run(chosen, kind="comparison", parts=found["parts"], pictures=pictures)

@@ -18,7 +18,7 @@ from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
 from jaxcells.evaluation.baseline import baseline_predictions
 from jaxcells.evaluation.evidence import gather_evidence
-from jaxcells.evaluation.figures import plot_confusion, plot_curves, plot_examples
+from jaxcells.evaluation.figures import draw_curves, plot_confusion, plot_examples, save_figure
 from jaxcells.evaluation.metrics import split_metrics
 from jaxcells.evaluation.predictions import write_predictions
 from jaxcells.evaluation.results import RunResults, Timing
@@ -32,7 +32,7 @@ from jaxcells.training.initialization import Initialization, check_no_leak, find
 from jaxcells.training.loop import train
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.recipe import Recipe
-from jaxcells.workflows.prepare import PreparedData, prepare_crops, prepare_data
+from jaxcells.workflows.prepare import PreparedData, check_place, prepare_crops, prepare_data
 from jaxcells.workflows.report import read_results, report
 
 
@@ -49,6 +49,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
       Error: anything a user can mend.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
+    check_place(config, workdir)
     with keep_workdir(workdir, "run"):
         check_config(config, workdir)
         if workdir.results.exists():
@@ -248,12 +249,9 @@ def open_test_split(
         write_predictions(workdir.predictions("val"), validation)
         write_predictions(workdir.predictions("test"), tested)
         names, brightness = meta.class_names, results.evidence.baselines["brightness"].accuracy
-        plot_curves(
-            *(read_metrics(workdir.metrics), workdir.figure("curves")),
-            best_step=meta.step,
-            chance=1 / len(names),
-            brightness=brightness,
-        )
+        levels = {"chance": 1 / len(names), "brightness": brightness}
+        curves = draw_curves(read_metrics(workdir.metrics), levels, best_step=meta.step)
+        save_figure(curves, workdir.figure("curves"))
         number, fields = test_metrics.num_crops, test_metrics.num_fields
         footer = [f"accuracy {test_metrics.scores['accuracy']}"]
         footer += [test_metrics.interval_note] if test_metrics.interval_note else []

@@ -60,11 +60,8 @@ def test_a_source_in_two_splits_is_an_error(audit_changed):
         return [dataclasses.replace(records[0], source=last.source, group=last.group), *records[1:]]
 
     result = audit_changed(move)
-    assert [error[:28] for error in result.errors[:2]] == [
-        "1 images in two splits, such",
-        "1 groups in two splits, such",
-    ]
-    with pytest.raises(Error, match=r"the audit found \d errors: 1 images in two splits"):
+    assert result.errors[0].startswith("1 groups in two splits, such")
+    with pytest.raises(Error, match=r"the audit found \d errors: 1 groups in two splits"):
         result.raise_errors()
     assert "ERROR: 1 groups in two splits" in describe_audit(result, ("A", "B"))
 
@@ -108,7 +105,7 @@ def test_a_fold_may_share_fields_between_train_and_val_and_nothing_with_test(tmp
     assert not any("in val" in text or "in test" in text for text in result.warnings)
     assert "A/field1.png" in shared
     last = describe_audit(result, crop_set.class_names).splitlines()[-1]
-    assert last == "audit passed: nothing that is tested stands in another split"
+    assert last == "audit passed, with pixels of val in training crops too"
 
     arrays = open_arrays(crop_set, tmp_path / "arrays")
     *others, tested = crop_set.records
@@ -116,10 +113,7 @@ def test_a_fold_may_share_fields_between_train_and_val_and_nothing_with_test(tmp
         known = next(r for r in others if r.split == split)
         moved = dataclasses.replace(tested, source=known.source, group=known.group)
         leaking = audit_crops(dataclasses.replace(crop_set, records=(*others, moved)), arrays)
-        assert [error[:20] for error in leaking.errors[:2]] == [
-            "1 images in two spli",
-            "1 groups in two spli",
-        ]
+        assert leaking.errors[0].startswith("1 groups in two splits")
 
 
 def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):

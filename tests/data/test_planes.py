@@ -6,9 +6,9 @@ import tifffile
 from PIL import Image
 
 from jaxcells import Error
-from jaxcells.data.images import parse_plane, read_image
+from jaxcells.data.images import read_image
 from jaxcells.data.picture import Refused
-from jaxcells.data.planes import select
+from jaxcells.data.planes import parse_plane, select
 from tests.data.pixels import assert_reads, assert_refused, random_pixels
 
 

@@ -129,8 +129,6 @@ def test_groups_that_cannot_reach_every_split_are_an_error():
         ),
         ({"A/1": 16, "B/1": 8}, "channel", r"'A' has 1 channel and .*split_by=field$"),
         ({"A": 10, "B": 10}, "(plate)", r"split_by=\(plate\): class 'A' has 1 group and needs"),
-        ({"A": 2}, "plate", "no group in parentheses"),
-        ({"A": 2}, "plate(", r"none of field, channel, crop or a regular .*\(missing \)"),
         ({"A": 2}, r"well(\d)", r"split_by='well.*' finds no .* path of A/plate0_0\.png, A/plate"),
     ],
 )

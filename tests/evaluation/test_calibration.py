@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -57,12 +56,10 @@ def test_perfect_validation_leaves_the_temperature_alone(labels, caplog):
     assert not caplog.records
 
 
-def test_a_temperature_at_its_limit_is_finite_and_said(caplog):
+def test_a_temperature_at_its_limit_is_finite():
     labels = np.array([0, 1] * 10)
-    with caplog.at_level(logging.WARNING):
-        always_wrong = fit_calibration(predictions_of(labels, np.eye(2)[1 - labels], range(20)), 0)
+    always_wrong = fit_calibration(predictions_of(labels, np.eye(2)[1 - labels], range(20)), 0)
     assert always_wrong.temperature == pytest.approx(20, rel=1e-3)
-    assert "at its limit, 20" in caplog.text
 
 
 def fields_of_cells(rng, directions, fields, crops):

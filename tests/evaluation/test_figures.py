@@ -10,10 +10,11 @@ from PIL import Image
 from jaxcells.evaluation import figures
 from jaxcells.evaluation.figures import (
     COLORS,
+    draw_curves,
     log_axis_if_wide,
     plot_confusion,
     plot_crops_sheet,
-    plot_curves,
+    save_figure,
 )
 
 
@@ -46,10 +47,9 @@ def lines_of(axes):
     }
 
 
-def test_curves_show_the_records(drawn):
-    plot_curves(RECORDS, "curves.png", best_step=20)
-    loss, accuracy = drawn()
-    assert [axes.get_title() for axes in drawn()] == ["Loss", "Accuracy"]
+def test_curves_show_the_records():
+    loss, accuracy = draw_curves(RECORDS, {}, best_step=20).axes
+    assert [axes.get_title() for axes in (loss, accuracy)] == ["Loss", "Accuracy"]
     assert lines_of(loss) == {
         "train": [[1, 0.9], [2, 0.4], [3, 0.2]],  # two records of the first epoch: their mean
         "validation": [[1, 0.9], [2, 0.7], [3, 0.8]],
@@ -59,31 +59,28 @@ def test_curves_show_the_records(drawn):
     assert lines_of(accuracy)["best: epoch 2 (0.900)"] == [[2, 0.9]]
 
 
-def test_curves_of_a_resumed_run_and_of_a_run_just_begun(drawn):
-    plot_curves([*RECORDS, record(30, 3, "val", 0.1, 0.95)], "curves.png", best_step=30)
-    assert lines_of(drawn()[1])["validation"] == [[1, 0.6], [2, 0.9], [3, 0.95]]
-    assert lines_of(drawn()[1])["best: epoch 3 (0.950)"] == [[3, 0.95]]
-    plot_curves(RECORDS[:1], "curves.png", best_step=30)
-    assert lines_of(drawn()[0]) == {"train": [[1, 1.0]]}
+def test_curves_of_a_resumed_run_and_of_a_run_just_begun():
+    _, accuracy = draw_curves([*RECORDS, record(30, 3, "val", 0.1, 0.95)], {}, best_step=30).axes
+    assert lines_of(accuracy)["validation"] == [[1, 0.6], [2, 0.9], [3, 0.95]]
+    assert lines_of(accuracy)["best: epoch 3 (0.950)"] == [[3, 0.95]]
+    assert lines_of(draw_curves(RECORDS[:1], {}, best_step=30).axes[0]) == {"train": [[1, 1.0]]}
 
 
 @pytest.mark.parametrize(
-    ("val_losses", "scale", "explained"),
+    ("val_losses", "scale"),
     [
-        ([167, 1.5, 0.5], "log", True),  # running statistics are far off in the first epoch
-        ([0.9, 0.7, 0.5], "linear", False),
-        ([0.9, math.inf, 0.5], "linear", True),
-        ([0.9, 0.3, 0], "linear", False),
-        ([0.9, 0.7, 0.5, 0.5, 0.5, 9], "log", False),  # overfitting, not batch norm
+        ([167, 1.5, 0.5], "log"),  # running statistics are far off in the first epoch
+        ([0.9, 0.7, 0.5], "linear"),
+        ([0.9, math.inf, 0.5], "linear"),
+        ([0.9, 0.3, 0], "linear"),
+        ([0.9, 0.7, 0.5, 0.5, 0.5, 9], "log"),  # overfitting, not batch norm
     ],
 )
-def test_loss_axis_and_first_epochs(drawn, val_losses, scale, explained):
+def test_loss_axis_and_first_epochs(val_losses, scale):
     records = [record(1, 1, "train", 1.0, 0.5)]
     records += [record(e, e, "val", loss, 0.5) for e, loss in enumerate(val_losses, start=1)]
-    plot_curves(records, "curves.png", best_step=1)
-    loss, accuracy = drawn()
+    loss, accuracy = draw_curves(records, {}, best_step=1).axes
     assert (loss.get_yscale(), accuracy.get_yscale()) == (scale, "linear")
-    assert ("batch norm" in loss.figure.get_supxlabel()) == explained
 
 
 @pytest.mark.parametrize(
@@ -197,21 +194,20 @@ def test_confusion_has_a_footer_in_lines_that_fit(drawn):
     assert max(map(len, figure.get_supxlabel().splitlines())) < 14 * figure.get_figwidth()
 
 
-def test_curves_show_what_they_must_beat(drawn):
-    plot_curves(RECORDS, "curves.png", best_step=20, chance=0.25, brightness=0.7125)
-    loss, accuracy = drawn()
+def test_curves_show_what_they_must_beat():
+    levels = {"chance": 0.25, "brightness": 0.7125}
+    loss, accuracy = draw_curves(RECORDS, levels, best_step=20).axes
     floors = {name: line for name, line in lines_of(accuracy).items() if "(0." in name[-8:]}
     assert floors["chance (0.250)"] == [[0, 0.25], [1, 0.25]]  # across the whole width
     assert floors["brightness alone, test (0.713)"] == [[0, 0.7125], [1, 0.7125]]
     assert "chance (0.250)" in [text.get_text() for text in accuracy.get_legend().get_texts()]
     assert len(lines_of(loss)) == 3
-    plot_curves(RECORDS, "curves.png", best_step=20, chance=None)
-    assert len(lines_of(drawn()[1])) == 3
 
 
 def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
     path = tmp_path / "curves.png"
-    plot_curves(RECORDS, path, best_step=20)
+    figure = draw_curves(RECORDS, {}, best_step=20)
+    save_figure(figure, path)
     before = path.read_bytes()
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -223,7 +219,7 @@ def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figures.Figure, "savefig", half)
     with pytest.raises(OSError, match="disk full"):
-        plot_curves(RECORDS, path, best_step=20)
+        save_figure(figure, path)
     assert path.read_bytes() == before
 
 

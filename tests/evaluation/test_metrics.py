@@ -108,18 +108,18 @@ def test_summary_table_fits_80_columns_and_keeps_the_ends_of_long_names():
     lines = table.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "test split, best checkpoint (step 300)"
-    assert lines[1] == "60 crops from 9 independent fields (groups)"
+    assert lines[1] == "60 crops from 9 independent fields (groups); 95 % intervals over these"
     # Five of every 20 are wrong: A's go to B, B's to A, C's to B.
     assert lines[4].split() == ["HE", "0.750", "0.750", "0.750", "20"]
     assert lines[5].split()[-4:] == ["0.600", "0.750", "0.667", "20"]
     assert "x…" in lines[5]
     assert "passage 12 " in lines[5]
     low, high = result.interval_95["accuracy"]
-    assert f"\naccuracy 0.750, 95 % interval {low:.3f} to {high:.3f}\n" in table
+    assert f"\naccuracy 0.750 ({low:.3f} to {high:.3f})\n" in table
     assert f"\nloss {result.loss:.3f}\nnote: too few independent fields" in table
 
     alone = metrics_of(one_hot([0], 2), [0], class_names=["A", "B"])
-    assert "95 % interval none" in summary_table(alone, "test")
+    assert "\naccuracy 1.000 (no interval)\n" in summary_table(alone, "test")
     assert [line.split() for line in summary_table(alone, "test").splitlines()][5] == [
         *["B", "-", "-", "-", "0"]
     ]

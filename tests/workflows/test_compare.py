@@ -137,6 +137,7 @@ def test_a_comparison_leaves_tables_figures_and_whole_workdirs(finished):
 
 def test_the_report_is_of_the_comparison_and_of_what_it_chose(finished):
     text = finished.report.read_text()
+    assert text.count("chance (0.500)") == text.count("brightness alone, test (") == 3
     chosen = run_of(finished, f"{comparison_of(finished)['choice']['chosen']}_seed0")
     accuracy = read(chosen.results)["test"]["accuracy"]
     assert f"<strong>{100 * accuracy:.1f} %</strong>" in text
