@@ -20,6 +20,7 @@ from jaxcells.evaluation.bootstrap import Split
 from jaxcells.evaluation.comparison import Choice, choose, compare_with, estimate
 from jaxcells.evaluation.comparison_table import Row, Table
 from jaxcells.evaluation.figures import save_figure
+from jaxcells.evaluation.prose import paragraphs
 from jaxcells.files import Error, Workdir, from_record, logger, read_json, write_json
 from jaxcells.models import create_model
 from jaxcells.models.summary import summarize, totals
@@ -238,20 +239,11 @@ def circumstances(
       rows: what they found.
       baseline: accuracy of brightness and contrast alone on the test split, which all share.
     """
-    notes: list[str | Table] = []
+    otherwise: dict[str, list[str]] = {}
     for name, config in {e.name: e.config for e in done}.items():
         own = ("seed ", "data.seed ", "data.fraction ", "model.name ")
         changed = [text for text in differences(base, config) if not text.startswith(own)]
         if changed:
-            notes.append(
-                f"Note: {name} is trained otherwise than the comparison says: in its own config "
-                f"{'; '.join(changed)}."
-            )
-    notes.append(
-        "Brightness and contrast of the crops alone, by a linear classifier: accuracy "
-        f"{baseline:.3f} on the test split."
-    )
+            otherwise[name] = changed
     worse = [row.name for row in rows if row.test.accuracy <= baseline]
-    if worse:
-        notes.append(f"WARNING: no better than brightness and contrast: {', '.join(worse)}.")
-    return notes
+    return paragraphs("circumstances", otherwise=otherwise, baseline=baseline, worse=worse)

@@ -14,32 +14,22 @@ from ml_collections import ConfigDict
 
 from jaxcells.data.splits import find_groups
 from jaxcells.evaluation.comparison_table import Table, as_markdown, as_text
-from jaxcells.evaluation.evidence import gather_evidence
-from jaxcells.evaluation.metrics import split_metrics
+from jaxcells.evaluation.evidence import Evidence, gather_evidence
+from jaxcells.evaluation.metrics import SplitMetrics, split_metrics
 from jaxcells.evaluation.predictions import write_predictions
+from jaxcells.evaluation.prose import paragraphs
 from jaxcells.evaluation.report import figure
-from jaxcells.files import Workdir, logger, read_json, write_csv, write_json, write_whole
+from jaxcells.files import Workdir, logger, write_csv, write_json, write_whole
 from jaxcells.training import mesh
 from jaxcells.training.initialization import Initialization, check_no_leak
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
-from jaxcells.workflows.report import pool_folds, report
+from jaxcells.workflows.report import pool_folds, read_results, report
 
 Fold = tuple[ConfigDict, Workdir, PreparedData, Initialization]
 
 _KEYS = ("balanced_accuracy", "accuracy")
 _HEADER = ("fold", "crops", "fields\n(groups)", "balanced accuracy", "accuracy", "best epoch")
-_CAUTION = (
-    "95 % intervals are over independent fields (groups), across batches over batches. They take "
-    "networks as given, and are somewhat too narrow, since the folds share most of what they train "
-    "on (Bengio and Grandvalet 2004). The figures are of the procedure, not of one network."
-)
-_NEXT = {
-    True: "What next: choose between settings by these figures, then train one network by the "
-    "plain config (same keys, same seed) and report its test split, which has stayed shut here.",
-    False: "What next: no test split was set aside, and these are the final figures, as long as no "
-    "settings were chosen by them. Networks to use are those of the folds.",
-}
 
 
 def cross_validate(config: ConfigDict, folds: int, keep_test: bool, workdir: Workdir) -> None:
@@ -107,10 +97,9 @@ def _write(
     folder = workdir.cross_validation
     folder.mkdir(exist_ok=True)
     lines: list[dict[str, Any]] = []
-    parts: list[str | Table] = []
-    notes = [f"{name} failed and is left out: {text}" for name, text in failures.items()]
-    pooled: dict[str, dict[str, Any]] = {}
-    evidences: dict[str, dict[str, Any]] = {}
+    pooled: dict[str, SplitMetrics] = {}
+    evidence: dict[str, Evidence] = {}
+    tables: dict[str, list[Table]] = {}
     for kind, prepared in kinds.items():
         runs = [run for _, run, *_ in prepared if run.results.exists()]
         if not runs:
@@ -122,34 +111,26 @@ def _write(
             records = tuple(dataclasses.replace(record, group=batch) for record, batch in pairs)
             tested, ending = dataclasses.replace(tested, records=records), "_across_batches"
         write_predictions(folder / f"predictions{ending}.csv", tested)
-        evidence = gather_evidence(tested, seed=config.seed, batches=batches)
-        evidences[kind] = dataclasses.asdict(evidence)
-        pooled[kind] = dataclasses.asdict(split_metrics(tested, seed=config.seed))
+        pooled[kind] = split_metrics(tested, seed=config.seed)
+        evidence[kind] = gather_evidence(tested, seed=config.seed, batches=batches)
         rows = []
         for run, number in zip(runs, np.unique(np.asarray(tested.folds)), strict=True):
             groups = set(tested.groups[tested.folds == number].tolist())
-            results = read_json(run.results)
-            epoch = results["best_step"] * results["num_epochs"] // results["num_steps"]
+            results = read_results(run)
+            epoch = results.best_step * results.num_epochs // results.num_steps
             tests = groups.pop() if len(groups) == 1 else ""
-            rows.append(_line(kind, run.path.name, tests, results["test"], epoch))
+            rows.append(_line(kind, run.path.name, tests, results.test, epoch))
         rows.append(_line(kind, f"{len(runs)} of {len(prepared)} pooled", "", pooled[kind]))
         lines += rows
-        parts += [f"Cross-validation, {kind}; each fold tests what it was not trained on:"]
-        parts += [(_HEADER, [_cells(row) for row in rows])]
-        if note := pooled[kind]["interval_note"]:
-            notes.append(f"Note on {kind}: {note}.")
-        if evidence.unbeaten:
-            notes.append(f"WARNING: {kind}: {evidence.unbeaten}.")
-    if len(pooled) > 1:
-        figures = [f"{kind} {found['balanced_accuracy']:.3f}" for kind, found in pooled.items()]
-        parts.append(f"Balanced accuracy: {', '.join(figures)}.")
-    parts += [*notes, _CAUTION, _NEXT[keep_test]]
+        tables[f"[{kind}]"] = [(_HEADER, [_cells(row) for row in rows])]
+    found: dict[str, Any] = {"pooled": pooled, "evidence": evidence, "failures": failures}
+    parts = paragraphs("cross_validation", tables, keep_test=keep_test, **found)
     write_csv(folder / "table.csv", list(lines[0]), [list(line.values()) for line in lines])
     with write_whole(folder / "table.md") as file:
         file.write(as_markdown(parts) + "\n")
     everything = {
-        "pooled": pooled,
-        "evidence": evidences,
+        "pooled": {kind: dataclasses.asdict(figures) for kind, figures in pooled.items()},
+        "evidence": {kind: dataclasses.asdict(beside) for kind, beside in evidence.items()},
         "folds": lines,
         "failures": failures,
         "keep_test": keep_test,
@@ -161,14 +142,14 @@ def _write(
 
 
 def _line(
-    kind: str, fold: str, tests: str, test: Mapping[str, Any], best_epoch: int | None = None
+    kind: str, fold: str, tests: str, test: SplitMetrics, best_epoch: int | None = None
 ) -> dict[str, Any]:
     """A line of table.csv, from the figures of what was tested; without an epoch if pooled."""
-    line = {"folds": kind, "fold": fold, "tests": tests}
-    line |= {key: test[key] for key in ("num_crops", "num_fields")}
+    line: dict[str, Any] = {"folds": kind, "fold": fold, "tests": tests}
+    line |= {"num_crops": test.num_crops, "num_fields": test.num_fields}
     for key in _KEYS:
-        line[key] = test[key]
-        line[f"{key}_low"], line[f"{key}_high"] = test["interval_95"][key]
+        line[key] = getattr(test, key)
+        line[f"{key}_low"], line[f"{key}_high"] = test.interval_95[key]
     return line | {"best_epoch": best_epoch}
 
 

@@ -41,6 +41,7 @@ class PreparedData:
 
 def crop(config: ConfigDict, workdir: Workdir) -> None:
     """The verb `crop`: makes or reuses the crops and their manifest, no more."""
+    check_place(config, workdir)
     with lock_workdir(workdir.path):
         prepare_crops(config, workdir)
 
@@ -54,6 +55,7 @@ def check(config: ConfigDict, workdir: Workdir) -> None:
     Raises:
       Error: anything wrong with the images or settings, changed crops, and errors of the audit.
     """
+    check_place(config, workdir)
     with lock_workdir(workdir.path):
         if workdir.crops.exists():
             crop_set = open_crop_set(workdir.crops)

@@ -32,7 +32,7 @@ from jaxcells.training.initialization import Initialization, check_no_leak, find
 from jaxcells.training.loop import train
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.training.recipe import Recipe
-from jaxcells.workflows.prepare import PreparedData, prepare_crops, prepare_data
+from jaxcells.workflows.prepare import PreparedData, check_place, prepare_crops, prepare_data
 from jaxcells.workflows.report import read_results, report
 
 
@@ -49,6 +49,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir) -> RunResults:
       Error: anything a user can mend.
       Interrupted: SIGTERM or Ctrl-C during training, after saving.
     """
+    check_place(config, workdir)
     with keep_workdir(workdir, "run"):
         check_config(config, workdir)
         if workdir.results.exists():
