@@ -60,7 +60,8 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
       Error: `batch_by` of the settings does not fit the paths.
     """
     records = crop_set.records
-    counts = _counts(records, crop_set.class_names)
+    names = crop_set.class_names
+    counts = {split: count_crops(crop_set.split(split), names) for split in SPLITS}
     shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
     flat = {record.crop for split in arrays.values() for record in _near_constant(split)}
     warnings, is_fold = [], bool(crop_set.settings.fold)
@@ -203,12 +204,12 @@ def _shared_pixels(records: Sequence[CropRecord], shape: tuple[int, ...]) -> dic
     return {name: shared[name] / (num_crops[name] * height * width) for name in ("val", "test")}
 
 
-def _counts(records: Sequence[CropRecord], class_names: Sequence[str]) -> Counts:
-    def count(split: str, name: str) -> dict[str, int]:
-        groups = [r.group for r in records if (r.split, r.label) == (split, name)]
-        return {"crops": len(groups), "fields": len(set(groups))}
-
-    return {split: {name: count(split, name) for name in class_names} for split in SPLITS}
+def count_crops(
+    records: Sequence[CropRecord], class_names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Returns {class: {"crops": n, "fields": n}} of some crops, fields being independent groups."""
+    groups = {name: [r.group for r in records if r.label == name] for name in class_names}
+    return {name: {"crops": len(of), "fields": len(set(of))} for name, of in groups.items()}
 
 
 def _shortcuts(field_kinds: Counts) -> Iterator[str]:

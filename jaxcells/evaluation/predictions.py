@@ -15,7 +15,8 @@ from jaxcells.data.crop_set import CropRecord
 from jaxcells.evaluation.bootstrap import Array, Ints, Split
 from jaxcells.files import Error, write_csv
 
-_ARRAYS = ("logits", "temperature", "unknown", "features", "folds")
+_ARRAYS = ("logits", "temperature", "unknown")
+_OPTIONAL = ("features", "folds")
 _BASELINE = "baseline_"  # before the name of a baseline, in the file
 
 
@@ -105,7 +106,7 @@ class Predictions:
 def write_predictions(path: Path, predictions: Predictions) -> None:
     """Writes `path`, a CSV with a row per crop for people, and beside it .npz with all arrays."""
     write_csv(path, *predictions.rows())
-    arrays = {name: getattr(predictions, name) for name in _ARRAYS}
+    arrays = {name: getattr(predictions, name) for name in (*_ARRAYS, *_OPTIONAL)}
     arrays = {name: values for name, values in arrays.items() if values is not None}
     arrays |= {_BASELINE + name: classes for name, classes in predictions.baselines.items()}
     with open(path.with_suffix(".npz"), "wb") as file:
@@ -131,9 +132,13 @@ def read_predictions(
             arrays: dict[str, Any] = dict(np.load(file))
         if len(arrays["logits"]) != len(records):
             raise ValueError(f"{len(arrays['logits'])} crops for {len(records)} of the manifest")
+        own: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise Error(f"{path}: missing or damaged ({error}); run `evaluate` again") from error
-    own: dict[str, Any] = {name: arrays.get(name) for name in _ARRAYS}
+        raise Error(
+            f"{path}: missing or damaged ({error}); restore it, or delete results.json there and "
+            "run the same command again"
+        ) from error
+    own |= {name: arrays.get(name) for name in _OPTIONAL}
     names = [name for name in arrays if name.startswith(_BASELINE)]
     baselines = {name.removeprefix(_BASELINE): arrays[name] for name in names}
     return Predictions(tuple(records), tuple(class_names), baselines=baselines, **own)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxcells.config import data_seed, data_source, differences, parse_multipliers
 from jaxcells.data.arrays import with_fraction
+from jaxcells.data.audit import count_crops
 from jaxcells.data.splits import find_groups
 from jaxcells.environment import describe_environment
 from jaxcells.evaluation import predict
@@ -181,10 +182,19 @@ def train_run(
         write_json(workdir.config, config.to_dict())
         environment = {**describe_environment(), "devices": mesh.describe_devices()}
         write_json(workdir.environment, environment)
-    train_arrays = with_fraction(data.arrays["train"], config.data.fraction, seed=data_seed(config))
-    arrays = {**data.arrays, "train": train_arrays}
-    recipe = make_recipe(config)
+    recipe, arrays = make_recipe(config), _trained_on(config, data).arrays
     return train(recipe, data.crop_set, arrays, init, workdir, data.seconds, compiled)
+
+
+def _trained_on(config: ConfigDict, data: PreparedData) -> PreparedData:
+    """Keeps the share `data.fraction` of the training images, and counts these alone."""
+    kept = with_fraction(data.arrays["train"], config.data.fraction, seed=data_seed(config))
+    counts = {**data.audit.counts, "train": count_crops(kept.records, data.crop_set.class_names)}
+    return dataclasses.replace(
+        data,
+        arrays={**data.arrays, "train": kept},
+        audit=dataclasses.replace(data.audit, counts=counts),
+    )
 
 
 def open_test_split(
@@ -203,7 +213,7 @@ def open_test_split(
       progress: what `train_run` returned.
       compiled: see `loop.train`.
     """
-    start = time.monotonic()
+    start, data = time.monotonic(), _trained_on(config, data)
     network = predict.load_network(workdir, "best", compiled)
     meta, arrays = network.meta, data.arrays
     train = arrays["train"]

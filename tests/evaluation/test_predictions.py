@@ -81,6 +81,10 @@ def test_predictions_of_other_crops_or_damaged_ones_are_refused(predictions, tmp
     with pytest.raises(Error, match="4 crops for 3 of the manifest"):
         read_predictions(path, predictions.records[:3], NAMES)
     arrays = path.with_suffix(".npz")
+    with np.load(arrays) as file:
+        np.savez(tmp_path / "other.npz", logits=file["logits"])
+    with pytest.raises(Error, match="temperature"):
+        read_predictions(tmp_path / "other.csv", predictions.records, NAMES)
     arrays.write_bytes(arrays.read_bytes()[:100])
     with pytest.raises(Error, match="missing or damaged"):
         read_predictions(path, predictions.records, NAMES)

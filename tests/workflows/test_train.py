@@ -27,8 +27,9 @@ from jaxcells.models.fetch import WeightsUnavailableError
 from jaxcells.training import initialization
 from jaxcells.training.checkpoints import best_step, list_steps
 from jaxcells.training.progress import read_metrics
+from jaxcells.workflows import train
 from jaxcells.workflows.evaluate import evaluate
-from jaxcells.workflows.prepare import prepare_crops
+from jaxcells.workflows.prepare import prepare_crops, prepare_data
 from jaxcells.workflows.report import report
 from jaxcells.workflows.train import train_and_evaluate
 from tests.data.folders import textured, write_image
@@ -328,3 +329,15 @@ def test_a_workdir_in_the_image_folder_is_refused_before_it_is_made(images):
     with pytest.raises(Error, match="lies in the image folder"):
         train_and_evaluate(make_config(images), workdir)
     assert not workdir.path.exists()
+
+
+def test_a_fraction_of_the_images_is_what_is_counted_as_trained_on(images, tmp_path):
+    config = make_config(images, data__fraction=0.25)
+    data = prepare_data(config, Workdir(tmp_path / "run"))
+    whole, kept = data.audit.counts["train"], train._trained_on(config, data)
+    number = whole["fine"]["fields"]
+    assert kept.audit.counts["train"]["fine"]["fields"] == round(number / 4)
+    assert len(kept.arrays["train"].labels) == sum(
+        count["crops"] for count in kept.audit.counts["train"].values()
+    )
+    assert kept.audit.counts["test"] == data.audit.counts["test"]
