@@ -29,9 +29,8 @@ def write_fields(root, channels, signal):
     return root
 
 
-@pytest.mark.parametrize(
-    ("channels", "signal"), [(5, 3), pytest.param(1, 0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "signal"), [(5, 3), (1, 0)])
 def test_a_weak_signal_in_one_of_the_channels_is_learnt(tmp_path, channels, signal):
     images = write_fields(tmp_path / "images", channels, signal)
     config = make_config(images, optim__learning_rate=0.05, train__num_epochs=12)
