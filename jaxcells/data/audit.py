@@ -61,8 +61,6 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     """
     records = crop_set.records
     counts = _counts(records, crop_set.class_names)
-    shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
-    flat = {record.crop for split in arrays.values() for record in _near_constant(split)}
     warnings, is_fold = [], bool(crop_set.settings.fold)
     errors = [
         f"class {name!r} has no crops in {split}"
@@ -70,6 +68,10 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
         for name, count in counts[split].items()
         if not count["crops"]
     ]
+    if not all(split.records for split in arrays.values()):
+        return Audit(tuple(errors), (), counts, {"val": 0, "test": 0})
+    shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
+    flat = {record.crop for split in arrays.values() for record in _near_constant(split)}
 
     if is_fold:
         # With one group of a class to train on, train and val share it: no figure rests on that.

@@ -83,6 +83,17 @@ def test_a_split_without_crops_of_a_class_is_an_error(audit_changed):
     assert "class 'B' has no crops in val" in result.errors
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_without_any_crops_is_an_error(tmp_path, split):
+    root = write_folder(tmp_path / "images", {"A": 3, "B": 3})
+    _, crop_set = audit(tmp_path, root)
+    records = tuple(record for record in crop_set.records if record.split != split)
+    crop_set = dataclasses.replace(crop_set, records=records)
+    result = audit_crops(crop_set, open_arrays(crop_set, tmp_path / "others"))
+    assert result.errors == tuple(f"class {name!r} has no crops in {split}" for name in "AB")
+    assert "ERROR" in describe_audit(result, crop_set.class_names)
+
+
 def test_copies_under_other_names_are_found_though_their_crops_differ(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
     for copy in ("A/copy1.png", "A/copy2.png", "A/copy3.png", "B/of_a.png"):
