@@ -84,7 +84,7 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
             dataclasses.replace(r, split="train") if r.split == "val" else r for r in records
         )
     # The study's plain random split shares fields: there that is what was asked for.
-    split_crops = crop_set.settings.split_by == "crop" and not crop_set.came_split
+    split_crops = crop_set.split_by == "crop" and not crop_set.came_split
     clashes = _clashes(records, [record.group for record in records], "split")
     if clashes and not split_crops:
         errors.append(f"{len(clashes)} groups in two splits, such as {clashes[0][0].group}")

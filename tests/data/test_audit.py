@@ -143,6 +143,21 @@ def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):
     assert any("data.split_by=crop: 4 images" in w for w in result.warnings)
 
 
+@pytest.mark.parametrize("crop_size", [0, 32])
+def test_whole_images_split_as_crops_are_split_by_field(tmp_path, crop_size):
+    root = write_folder(tmp_path / "images", {"A": 6, "B": 6}, size=(32, 32))
+    result, crop_set = audit(tmp_path, root, split_by="crop", crop_size=crop_size)
+    assert crop_set.split_by == "field"
+    assert result.shared_pixels == {"val": 0, "test": 0}
+    (root / "B" / "field1.png").write_bytes((root / "B" / "field0.png").read_bytes())
+    found = set()
+    for seed in range(4):
+        changes = {"split_by": "crop", "crop_size": crop_size, "seed": seed}
+        result, _ = audit(tmp_path / str(seed), root, **changes)
+        found |= {"there twice" in text for text in result.errors}
+    assert True in found  # which a random split of crops would not refuse
+
+
 def test_near_constant_crops_are_warned_of_and_are_no_leak(tmp_path):
     for label in "AB":
         for number in range(10):
