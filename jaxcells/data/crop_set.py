@@ -147,7 +147,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         places, note = find_cells(used, settings.mask, size, settings.border)
         used = [field for field in used if places[field.name]]
         notes.append(note)
-    notes += image_notes(used) + check_siblings(used, split_by, settings.plane)
+    notes += image_notes(used) + check_siblings(used, split_by, settings.plane, settings.fold)
     if split_by not in ("field", "crop"):
         groups = sorted({field.group for field in used})
         policy = "column group" if split_by == "group" else f"data.split_by={split_by}"

@@ -50,16 +50,17 @@ _AGREEMENT = 0.12
 _NUM_BLOCKS = 48  # along the longer side
 
 
-def check_siblings(fields: Sequence[Field], split_by: str, plane: str) -> list[str]:
+def check_siblings(fields: Sequence[Field], split_by: str, plane: str, fold: str = "") -> list[str]:
     """Refuses masks among images, and images of one field that may come to stand in several splits.
 
     An expression as `split_by` says what belongs together, and a folder that came split likewise:
-    then masks alone are looked for.
+    then masks alone are looked for. A fold divides the folder anew.
 
     Args:
       fields: what will be split.
       split_by: "field", "channel", "crop" or an expression, see `with_groups`.
       plane: which plane of a stack to read, see `read_image`.
+      fold: see `parse_fold`.
 
     Returns:
       A note, with an example, where candidates are different fields by their pixels.
@@ -67,7 +68,8 @@ def check_siblings(fields: Sequence[Field], split_by: str, plane: str) -> list[s
     Raises:
       Error: with the expression that leaves masks out, or keeps the images of a field together.
     """
-    chosen = split_by not in ("field", "channel") or all(field.split for field in fields)
+    came = not fold and all(field.split for field in fields)
+    chosen = came or split_by not in ("field", "channel")
     notes: list[str] = []
     for place, words in _PLACES.items():
         candidates = _candidates(fields, place)

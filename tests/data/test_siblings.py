@@ -155,6 +155,24 @@ def test_what_a_split_or_the_study_asks_for_is_not_questioned(tmp_path):
     assert check_siblings(find_fields(root), "crop", "") == []
 
 
+def test_a_fold_divides_what_came_split_anew(tmp_path):
+    folders = [f"{split}/{{c}}/{split}{{i}}_{stain}.png" for split in ("train", "val", "test")
+               for stain in ("DAPI", "GFP")]  # fmt: skip
+    root = write_stains(tmp_path / "images", *folders, kinds=(0, 1) * 3, fields=2)
+    settings = {"seed": 0, "crop_size": 64, "crops_per_class": 16, "split": (10, 3, 3)}
+    for fold in ("1/2", "1/3 all"):
+        with pytest.raises(Error, match="as their names say") as caught:
+            prepare_crop_set(tmp_path / "crops", root, CropSettings(**settings, fold=fold))
+    pattern = re.search(r"data\.split_by='(.*?)' keeps", str(caught.value))[1]
+    settings = CropSettings(**settings, fold=fold, split_by=pattern)
+    splits = {}
+    for record in prepare_crop_set(tmp_path / "crops", root, settings).records:
+        field = record.source.rpartition("_")[0]
+        splits.setdefault(field, set()).add(record.split == "test")
+    assert len(splits) == 12
+    assert all(len(tested) == 1 for tested in splits.values())
+
+
 def test_the_crop_set_is_not_drawn_and_the_cure_draws_it(tmp_path):
     root = write_stains(tmp_path / "images", "{c}/DAPI/f{i}.png", "{c}/GFP/f{i}.png")
     settings = {"seed": 0, "crop_size": 64, "crops_per_class": 16, "split": (10, 3, 3)}
