@@ -52,6 +52,7 @@ def open_arrays(crop_set: CropSet, directory: Path) -> Mapping[str, SplitArrays]
     Raises:
       Error: arrays have to be made, and the pixels of a crop are not those of the manifest.
     """
+    directory = directory.resolve()  # a comparison links to its own, which may be gone
     if directory.exists():
         with contextlib.suppress(OSError, ValueError, EOFError):  # missing or not whole
             arrays = _open(crop_set, directory)

@@ -62,8 +62,6 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
     records = crop_set.records
     names = crop_set.class_names
     counts = {split: count_crops(crop_set.split(split), names) for split in SPLITS}
-    shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
-    flat = {record.crop for split in arrays.values() for record in _near_constant(split)}
     warnings, is_fold = [], bool(crop_set.settings.fold)
     errors = [
         f"class {name!r} has no crops in {split}"
@@ -71,6 +69,10 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
         for name, count in counts[split].items()
         if not count["crops"]
     ]
+    if not all(split.records for split in arrays.values()):
+        return Audit(tuple(errors), (), counts, {"val": 0, "test": 0})
+    shared_pixels = _shared_pixels(records, arrays["train"].images.shape[1:3])
+    flat = {record.crop for split in arrays.values() for record in _near_constant(split)}
 
     if is_fold:
         # With one group of a class to train on, train and val share it: no figure rests on that.
@@ -83,7 +85,7 @@ def audit_crops(crop_set: CropSet, arrays: Mapping[str, SplitArrays]) -> Audit:
             dataclasses.replace(r, split="train") if r.split == "val" else r for r in records
         )
     # The study's plain random split shares fields: there that is what was asked for.
-    split_crops = crop_set.settings.split_by == "crop" and not crop_set.came_split
+    split_crops = crop_set.split_by == "crop" and not crop_set.came_split
     clashes = _clashes(records, [record.group for record in records], "split")
     if clashes and not split_crops:
         errors.append(f"{len(clashes)} groups in two splits, such as {clashes[0][0].group}")

@@ -80,7 +80,8 @@ class CropSet:
       sources: for every image: {"bytes": its size, "sha256": hash of its pixels, or None for an
         image that gave no crop, "origin": class, channel, group and split, as found}.
       came_split: whether the image folder or sheet brought its own split.
-      split_by: as in `settings`, or "group" where the groups are those of a sheet.
+      split_by: as in `settings`; "field" instead of "crop" where images are used whole, and "group"
+        instead of "field" where the groups are those of a sheet.
       field_kinds: for every class, the counts of its images' sizes, channels, dtypes and suffixes.
       notes: what was left out or interpreted on the way.
       num_folds: of the cross-validation whose fold this set is; 0 of any other set.
@@ -134,6 +135,8 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
     size, split_by = settings.crop_size, settings.split_by
     if not settings.mask and all((f.info.height, f.info.width) == (size, size) for f in fields):
         size = 0
+    if split_by == "crop" and not size:  # used whole, an image is a crop
+        split_by = "field"
     used, notes = usable_fields(fields, size or None, settings.border)
     if split_by == "field" and any(field.group != field.name for field in used):
         split_by = "group"
@@ -144,7 +147,7 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         places, note = find_cells(used, settings.mask, size, settings.border)
         used = [field for field in used if places[field.name]]
         notes.append(note)
-    notes += image_notes(used) + check_siblings(used, split_by, settings.plane)
+    notes += image_notes(used) + check_siblings(used, split_by, settings.plane, settings.fold)
     if split_by not in ("field", "crop"):
         groups = sorted({field.group for field in used})
         policy = "column group" if split_by == "group" else f"data.split_by={split_by}"

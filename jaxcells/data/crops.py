@@ -16,6 +16,7 @@ from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
 from jaxcells.data.splits import allot, allot_folds, apportion, num_groups, parse_fold
 from jaxcells.files import Error
+from jaxcells.text import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,8 @@ def draw_crops(
       places: where crops may lie, see `find_cells`; None: anywhere inside the border.
 
     Raises:
-      Error: too few groups for the policy, too few distinct positions, or too little foreground.
+      Error: too few groups for the policy, too few crops to divide, too few distinct positions, or
+        too little foreground.
     """
     fields = sorted(fields, key=lambda field: field.name)
     split_of = _split_of_fields(fields, settings)
@@ -285,7 +287,13 @@ def _split_at_random(crops: Sequence[Crop], settings: CropSettings) -> list[Crop
     for label in sorted({crop.field.label for crop in crops}):
         divided = [crop for crop in crops if crop.field.label == label and not crop.split]
         rng = named_generator(settings.seed, "split", label)
-        numbers = apportion(len(divided), settings.counts, 0, {})
+        if 0 < len(divided) < len(settings.counts):
+            raise Error(
+                f"class {label!r} has {counted(len(divided), 'crop')} left for "
+                f"{' and '.join(settings.counts)}; add images, or take more crops of each "
+                "(data.crops_per_class=NUMBER, a smaller data.crop_size=PIXELS)"
+            )
+        numbers = apportion(len(divided), settings.counts, min(1, len(divided)), {})
         splits = rng.permutation(np.repeat(list(numbers), list(numbers.values()))).tolist()
         for crop, split in zip(divided, splits, strict=True):
             split_crops.append(dataclasses.replace(crop, split=split))

@@ -3,7 +3,8 @@
 Each would count as a field of its own, and training and test share cells without a word. Candidates
 are images of one class and size whose paths differ in one place alone: the first or last folder
 below the class (`DAPI/f0.png`, `GFP/f0.png`), or the ending of the name (`f0_DAPI.png`,
-`f0_mask.png`, `f0.png`) unless it is a number: `f_1` and `f_2` are fields of a series.
+`f0_mask.png`, `f0.png`) unless it is a number: `f_1` and `f_2` are fields of a series. Likewise
+those that differ only in known words for stains, or in the channel of a sheet, anywhere.
 
 They are one field where names say so: all that differs are known words for stains and masks. Else
 pixels decide, for the channels of a device may well repeat the names of their images. In pictures
@@ -22,16 +23,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxcells.data.fields import Field
+from jaxcells.data.fields import SPLITS, Field
 from jaxcells.data.foreground import local_contrast
 from jaxcells.data.images import read_image
-from jaxcells.data.splits import find_groups
+from jaxcells.data.splits import num_groups, with_groups
 from jaxcells.files import Error
 from jaxcells.text import counted, some
 
-Siblings = dict[str, Field]  # by what stands in the place where they differ
+Siblings = dict[str, Field]  # by the words, between slashes, in the place where they differ
 
 _MASK = r"(?:cp_)?masks?|seg|labels?|rois?|outlines?"
+_is_mask = re.compile(_MASK, re.IGNORECASE).fullmatch
 _WITH_MASK = rf"|images?|raw|{_MASK}"
 _STAIN = (
     rf"{_WITH_MASK}|dapi|hoechst|e?[gycb]fp|rfp|m?cherry|tdtomato|fitc|tritc|cy\d|alexa\d+|"
@@ -41,25 +43,29 @@ _END = r"(?=(?:\.ome)?\.[^./]+$)"
 # Where paths below the class may differ, and which words there say that the field is the same:
 # folders ch1 and ch2 may be channels of a device, such endings may not.
 _PLACES = {
-    rf"^([^/]+)/|[-_. ](?:{_MASK}){_END}": _STAIN,
+    rf"^/?([^/]+)/|[-_. ](?:{_MASK}){_END}": _STAIN,
     rf"([^/]+)/(?=[^/]+$)|[-_. ](?:{_MASK}){_END}": _STAIN,
     rf"[-_. ]((?:cp_)?(?!\d+{_END})[^-_. /]+){_END}": rf"{_STAIN}|(?:ch|w)\d+",
+    # Anywhere in the path: such words, or what the field has for a channel.
+    "stain": _STAIN,
+    "channel": _STAIN,
 }
 _MIN_SETS, _NUM_PAIRS = 3, 4  # compared in each class
 _AGREEMENT = 0.12
 _NUM_BLOCKS = 48  # along the longer side
 
 
-def check_siblings(fields: Sequence[Field], split_by: str, plane: str) -> list[str]:
+def check_siblings(fields: Sequence[Field], split_by: str, plane: str, fold: str = "") -> list[str]:
     """Refuses masks among images, and images of one field that may come to stand in several splits.
 
     An expression as `split_by` says what belongs together, and a folder that came split likewise:
-    then masks alone are looked for.
+    then masks alone are looked for. A fold divides the folder anew.
 
     Args:
       fields: what will be split.
       split_by: "field", "channel", "crop" or an expression, see `with_groups`.
       plane: which plane of a stack to read, see `read_image`.
+      fold: see `parse_fold`.
 
     Returns:
       A note, with an example, where candidates are different fields by their pixels.
@@ -67,12 +73,15 @@ def check_siblings(fields: Sequence[Field], split_by: str, plane: str) -> list[s
     Raises:
       Error: with the expression that leaves masks out, or keeps the images of a field together.
     """
-    chosen = split_by not in ("field", "channel") or all(field.split for field in fields)
+    came = not fold and all(field.split for field in fields)
+    chosen = came or split_by not in ("field", "channel")
     notes: list[str] = []
-    for place, words in _PLACES.items():
-        candidates = _candidates(fields, place)
-        known = re.compile(_WITH_MASK if chosen else words, re.IGNORECASE).fullmatch
-        if named := [s for sets in candidates for s in sets if all(map(known, s))]:
+    for place, stains in _PLACES.items():
+        words = _WITH_MASK if chosen else stains
+        candidates = _candidates(fields, place, words)
+        known = re.compile(words, re.IGNORECASE).fullmatch
+        named = [s for sets in candidates for s in sets if all(map(known, _words([s])))]
+        if named := [s for s in named if not chosen or any(map(_is_mask, _words([s])))]:
             raise _refusal(fields, named, "as their names say")
         for sets in candidates:
             if chosen or len(sets) < _MIN_SETS:
@@ -83,15 +92,20 @@ def check_siblings(fields: Sequence[Field], split_by: str, plane: str) -> list[s
     return notes[:1]
 
 
-def _candidates(fields: Sequence[Field], place: str) -> list[list[Siblings]]:
+def _candidates(fields: Sequence[Field], place: str, words: str) -> list[list[Siblings]]:
     """Returns images that differ in one place alone: sets of them, by class and size."""
-    pattern = re.compile(place, re.IGNORECASE)
-    found: dict[object, dict[str, Siblings]] = {}
+    found: dict[object, dict[object, Siblings]] = {}
     for field in fields:
-        path = field.name.removeprefix(f"{field.label}/")
-        part = next((match[1] for match in pattern.finditer(path) if match[1]), "")
-        of_kind = found.setdefault((field.label, field.info.height, field.info.width), {})
-        of_kind.setdefault(pattern.sub("", path), {}).setdefault(part, field)
+        *above, path = f"/{field.name}".split(f"/{field.label}/", 1)
+        # A channel that is a number would take those of a series for its own.
+        anywhere = {"stain": words, "channel": rf"(?=\D){re.escape(field.channel)}"}
+        if word := anywhere.get(place):
+            above, path = [], field.name
+            word = rf"(?<![^-_. /])({word})(?:[-_. /]|$)"
+        pattern = re.compile(word or place, re.IGNORECASE)
+        part = "/".join(filter(None, pattern.findall(path)))
+        kind = found.setdefault((field.label, field.info.height, field.info.width), {})
+        kind.setdefault((*above, pattern.sub("", path)), {}).setdefault(part, field)
     kinds = [[s for s in of_kind.values() if len(s) > 1] for of_kind in found.values()]
     return [sets for sets in kinds if sets]
 
@@ -115,22 +129,38 @@ def _are_alike(sets: Sequence[Siblings], plane: str) -> bool:
 def _refusal(fields: Sequence[Field], found: Sequence[Siblings], why: str) -> Error:
     """Says which setting mends it; what keeps the images of a field together has been tried."""
     what = f"{_listed(found)} show one field each, {why}"
-    words = sorted({part for siblings in found for part in siblings if part})
-    if masks := "|".join(word for word in words if re.fullmatch(_MASK, word, re.IGNORECASE)):
-        return Error(f"{what}: data.exclude='[-_. /]({masks})[./]' leaves the masks out")
-    starts = ("(.+?)", "^[^/]+/[^/]+/(.+?)", "([^/]+?)")  # the finest group first
-    endings = ("", f"(?:[-_. ](?:{'|'.join(map(re.escape, words))}))?")
+    words = sorted(filter(None, _words(found)))
+    if masks := "|".join(filter(_is_mask, words)):
+        return Error(f"{what}: data.exclude='(?:^|[-_. /])({masks})[-_. /]' leaves the masks out")
+    starts = ("(.+?)", "^[^/]+/[^/]+/(.+?)", "([^/]+?)")
+    word = f"(?:{'|'.join(map(re.escape, words))})"
     tails = (r"\.\w+$", r"\.ome\.\w+$")
-    names = [field.name for field in fields]
-    for pattern in map("".join, itertools.product(starts, endings, tails)):
+    patterns = [*map("".join, itertools.product(starts, ("", rf"(?:[-_. ]{word})?"), tails))]
+    # What stands behind the word, or before it.
+    patterns += [rf"^(?:(?:.*[-_. /])?{word}[-_. /])?(.+)", rf"(.+)[-_. /]{word}[-_. /]"]
+    cures: dict[tuple[int, int], str] = {}
+    for pattern in patterns:
         with contextlib.suppress(Error):  # an image that it does not match
-            group = dict(zip(names, find_groups(names, pattern, ""), strict=True))
-            if all(len({group[f.name] for f in siblings.values()}) == 1 for siblings in found):
-                break
+            grouped = with_groups(fields, pattern)
+            group = {field.name: field.group for field in grouped}
+            together = all(len({group[f.name] for f in s.values()}) == 1 for s in found)
+            apart = len({(f.group, f.split) for f in grouped}) == len({*group.values()})
+            if together and apart:
+                number = min(num_groups(grouped).values()), len({*group.values()})
+                cures.setdefault(number, pattern)
+    cure = "=EXPRESSION, whose group 1 is the same in all images of a field and in no others,"
+    if (most := max(cures, default=(0, 0))) >= (len(SPLITS), 0):  # the finest
+        cure = f"='{cures[most]}'"
     return Error(
-        f"{what}: training and test would share cells; data.split_by='{pattern}' keeps each "
-        "together, and data.split_by='(.+)' says that they are different fields"
+        f"{what}: training and test would share cells; data.split_by{cure} keeps each together, "
+        "and data.split_by='(.+)' says that they are different fields"
     )
+
+
+def _words(sets: Sequence[Siblings]) -> set[str]:
+    """Returns the words in which the images of a set differ."""
+    parts = [[{*part.split("/")} for part in siblings] for siblings in sets]
+    return {word for s in parts for word in s[0].union(*s) - s[0].intersection(*s)}
 
 
 def _listed(sets: Sequence[Siblings]) -> str:

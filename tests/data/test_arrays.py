@@ -67,6 +67,17 @@ def test_damaged_arrays_are_made_anew(crop_set, tmp_path, damage, caplog, monkey
     assert "not the pixels of the manifest; decoding the crops again" in caplog.text
 
 
+def test_arrays_are_made_where_a_link_leads(crop_set, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "arrays").symlink_to("../arrays")
+    made = open_arrays(crop_set, tmp_path / "run" / "arrays")["val"].images
+    np.save(tmp_path / "arrays" / "val.npy", made[:-1])
+    again = open_arrays(crop_set, tmp_path / "run" / "arrays")["val"].images
+    assert len(again) == len(crop_set.split("val"))
+    assert (tmp_path / "run" / "arrays").is_symlink()
+    assert sorted(path.name for path in tmp_path.glob("arrays/*"))[1] == "train.npy"
+
+
 def test_a_fraction_of_the_training_images_is_a_part_of_a_larger_one(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 12, "B": 5})
     settings = CropSettings(seed=0, crop_size=32, crops_per_class=40, split=(30, 5, 5))

@@ -83,6 +83,17 @@ def test_a_split_without_crops_of_a_class_is_an_error(audit_changed):
     assert "class 'B' has no crops in val" in result.errors
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_without_any_crops_is_an_error(tmp_path, split):
+    root = write_folder(tmp_path / "images", {"A": 3, "B": 3})
+    _, crop_set = audit(tmp_path, root)
+    records = tuple(record for record in crop_set.records if record.split != split)
+    crop_set = dataclasses.replace(crop_set, records=records)
+    result = audit_crops(crop_set, open_arrays(crop_set, tmp_path / "others"))
+    assert result.errors == tuple(f"class {name!r} has no crops in {split}" for name in "AB")
+    assert "ERROR" in describe_audit(result, crop_set.class_names)
+
+
 def test_copies_under_other_names_are_found_though_their_crops_differ(tmp_path):
     root = write_folder(tmp_path / "images", {"A": 9, "B": 9})
     for copy in ("A/copy1.png", "A/copy2.png", "A/copy3.png", "B/of_a.png"):
@@ -130,6 +141,21 @@ def test_the_random_split_says_how_many_pixels_are_shared(tmp_path):
     assert 0.5 < np.mean(shown) < 1
     assert result.shared_pixels["test"] == np.mean(shown)
     assert any("data.split_by=crop: 4 images" in w for w in result.warnings)
+
+
+@pytest.mark.parametrize("crop_size", [0, 32])
+def test_whole_images_split_as_crops_are_split_by_field(tmp_path, crop_size):
+    root = write_folder(tmp_path / "images", {"A": 6, "B": 6}, size=(32, 32))
+    result, crop_set = audit(tmp_path, root, split_by="crop", crop_size=crop_size)
+    assert crop_set.split_by == "field"
+    assert result.shared_pixels == {"val": 0, "test": 0}
+    (root / "B" / "field1.png").write_bytes((root / "B" / "field0.png").read_bytes())
+    found = set()
+    for seed in range(4):
+        changes = {"split_by": "crop", "crop_size": crop_size, "seed": seed}
+        result, _ = audit(tmp_path / str(seed), root, **changes)
+        found |= {"there twice" in text for text in result.errors}
+    assert True in found  # which a random split of crops would not refuse
 
 
 def test_near_constant_crops_are_warned_of_and_are_no_leak(tmp_path):

@@ -297,6 +297,17 @@ def test_random_groups_shared_by_classes_are_tested_once():
         assert tested == dict.fromkeys((field.name for field in fields), 1)
 
 
+@pytest.mark.parametrize("changes", [{"crop_size": 0}, {"crops_per_class": "all"}])
+def test_one_crop_left_is_not_divided_between_train_and_val(changes):
+    fields = make_fields({"A": 2, "B": 3}, size=(300, 300))
+    with pytest.raises(Error, match="class 'A' has 1 crop left for train and val; add images"):
+        draw_all(fields, "2", " all", **changes)
+    fields = make_fields({"A": 2, "B": 3}, size=(300, 400))  # two lie side by side
+    for crops in draw_all(fields, "2", " all", crops_per_class="all"):
+        counts = collections.Counter((c.field.label, c.split) for c in crops)
+        assert all(counts[label, split] for label in "AB" for split in ("train", "val"))
+
+
 def test_batches_are_left_out_and_groups_stay_whole():
     fields = make_fields({"A": 10, "B": 10})
     plain = split_of_fields(draw(fields))

@@ -1,6 +1,7 @@
 """Images of one field under several names: found by name or by pixels, and what cures it."""
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jaxcells import Error
 from jaxcells.data.crop_set import prepare_crop_set
 from jaxcells.data.crops import CropSettings
 from jaxcells.data.fields import find_fields
+from jaxcells.data.sheet import find_in_sheet
 from jaxcells.data.siblings import check_siblings
 from jaxcells.data.splits import with_groups
 from tests.data.folders import textured, write_folder, write_image
@@ -57,6 +59,11 @@ def refusal(root, split_by="field"):
         (("{c}/BF/plate1/f{i}.png", "{c}/cy5/plate1/f{i}.png"), 6),
         (("{c}/plate1/BF/f{i}.png", "{c}/plate1/cy5/f{i}.png"), 6),
         (("{c}/f{i}_DAPI.ome.tif", "{c}/f{i}_GFP.ome.tif"), 12),
+        (("{c}/A01_DAPI_f{i}.png", "{c}/A01_GFP_f{i}.png"), 6),
+        (("{c}/A0{i}_DAPI_f1.png", "{c}/A0{i}_GFP_f1.png"), 12),
+        (("{c}/plate1/DAPI/site1/f{i}.png", "{c}/plate1/GFP/site1/f{i}.png"), 6),
+        (("{c}/f{i}.ab.png", "{c}/DAPI/f{i}.ab.png"), 6),
+        (("{c}/raw/f{i}.png", "{c}/images/f{i}.png"), 6),
         # What names do not say, pixels show.
         (("{c}/near/f{i}.png", "{c}/far/f{i}.png"), 6),
         (("{c}/f{i}_C1.png", "{c}/f{i}_C2.png"), 12),
@@ -91,6 +98,7 @@ def test_stains_of_one_field_are_refused_with_a_pattern_that_cures_it(tmp_path, 
         (("{c}/images/f{i}.png", "{c}/masks/f{i}.png"), 12),
         (("{c}/images/f{i}.png", "{c}/masks/f{i}_mask.png"), 12),
         (("{c}/f{i}.png", "{c}/Labels/f{i}.png"), 12),
+        (("{c}/A01_f{i}.png", "{c}/A01_mask_f{i}.png"), 12),
     ],
     ids=str,
 )
@@ -153,6 +161,68 @@ def test_what_a_split_or_the_study_asks_for_is_not_questioned(tmp_path):
     assert "as their names say" in refusal(root)
     root = write_stains(tmp_path / "study", "{c}/f{i}_DAPI.png", "{c}/f{i}_GFP.png")
     assert check_siblings(find_fields(root), "crop", "") == []
+
+
+def test_a_fold_divides_what_came_split_anew(tmp_path):
+    folders = [f"{split}/{{c}}/{split}{{i}}_{stain}.png" for split in ("train", "val", "test")
+               for stain in ("DAPI", "GFP")]  # fmt: skip
+    root = write_stains(tmp_path / "images", *folders, kinds=(0, 1) * 3, fields=2)
+    settings = {"seed": 0, "crop_size": 64, "crops_per_class": 16, "split": (10, 3, 3)}
+    for fold in ("1/2", "1/3 all"):
+        with pytest.raises(Error, match="as their names say") as caught:
+            prepare_crop_set(tmp_path / "crops", root, CropSettings(**settings, fold=fold))
+    pattern = re.search(r"data\.split_by='(.*?)' keeps", str(caught.value))[1]
+    settings = CropSettings(**settings, fold=fold, split_by=pattern)
+    splits = {}
+    for record in prepare_crop_set(tmp_path / "crops", root, settings).records:
+        field = record.source.rpartition("_")[0]
+        splits.setdefault(field, set()).add(record.split == "test")
+    assert len(splits) == 12
+    assert all(len(tested) == 1 for tested in splits.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_groups"),
+    [
+        ("imgs/{c}/{s}/day1/f{i}.png", 6),
+        ("{s}/{c}/f{i}.png", 12),
+        ("{s}_{c}_f{i}.png", 12),
+        ("{s}/day1/{c}_f{i}.png", 12),
+    ],
+)
+@pytest.mark.parametrize("words", [("DAPI", "GFP"), ("C1", "C2")])
+def test_stains_in_a_sheet_are_known_words_or_its_channels(tmp_path, name, num_groups, words):
+    names = [name.replace("{s}", word) for word in words]
+    write_stains(tmp_path, *names)
+    lines = ["path,class,channel"]
+    for c, i, s in itertools.product("AB", range(6), words):
+        lines.append(f"{name.format(c=c, i=i, s=s)},{c},{s if words == ('C1', 'C2') else ''}")
+    (tmp_path / "sheet.csv").write_text("\n".join(lines))
+    fields = find_in_sheet(tmp_path / "sheet.csv")
+    with pytest.raises(Error, match="training and test would share cells") as caught:
+        check_siblings(fields, "field", "")
+    pattern = re.search(r"data\.split_by='(.*?)' keeps", str(caught.value))[1]
+    grouped = with_groups(fields, pattern)
+    assert len({field.group for field in grouped}) == num_groups
+    fields_of = {}
+    for field in grouped:
+        fields_of.setdefault(field.group, set()).add((field.label, field.name[-6:]))
+    assert all(len({n for _, n in members}) == 1 for members in fields_of.values())
+
+
+@pytest.mark.parametrize(("name", "cures"), [("{split}{i}", True), ("f{i}", False)])
+def test_the_cure_parts_what_came_split_or_is_left_to_write(tmp_path, name, cures):
+    names = [f"{split}/{{c}}/{stain}/day1/{name.replace('{split}', split)}.png"
+             for split in ("train", "test") for stain in ("DAPI", "GFP")]  # fmt: skip
+    message = refusal(write_stains(tmp_path, *names, kinds=(0, 1) * 2, fields=3))
+    assert ("data.split_by='([^/]+?)" in message) == cures
+    assert ("data.split_by=EXPRESSION, whose group 1 is the same in all" in message) != cures
+
+
+def test_the_same_names_in_folders_that_came_split_are_no_siblings(tmp_path):
+    for number, split in enumerate(("train", "test")):
+        write_stains(tmp_path / split, "{c}/f{i}.png", kinds=(number,))
+    assert check_siblings(find_fields(tmp_path), "field", "") == []
 
 
 def test_the_crop_set_is_not_drawn_and_the_cure_draws_it(tmp_path):
