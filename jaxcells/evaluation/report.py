@@ -197,8 +197,9 @@ def _draw_fields(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
 def _shrunk(image: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
     """An image [H, W, C] with no side longer than that: means of squares, in its own dtype."""
     step = -(-max(image.shape[:2]) // side)
-    height, width = (length // step for length in image.shape[:2])
-    squares = image[: height * step, : width * step].reshape(height, step, width, step, -1)
+    rows, columns = (min(step, length) for length in image.shape[:2])  # a thin one has few
+    height, width = image.shape[0] // rows, image.shape[1] // columns
+    squares = image[: height * rows, : width * columns].reshape(height, rows, width, columns, -1)
     return squares.mean(axis=(1, 3)).astype(image.dtype)
 
 

@@ -368,6 +368,14 @@ def test_images_that_are_gone_are_not_shown(study, tmp_path):
     assert "or cannot be read: they are not shown" in words((tmp_path / "report.html").read_text())
 
 
+def test_a_field_thinner_than_a_square_is_shrunk_to_one_row():
+    image = np.arange(13_000, dtype=np.uint16) * np.ones((32, 1), np.uint16)
+    small = report._shrunk(image[..., None], 112)
+    assert small.shape == (1, 111, 1)
+    assert small[0, :2, 0].tolist() == [58, 175]  # means of 0 to 116 and of 117 to 233
+    assert report._shrunk(image.T[..., None], 112).shape == (111, 1, 1)
+
+
 def test_sixteen_bits_and_many_channels_are_shown_on_one_scale(study, tmp_path):
     images = np.zeros((72, 64, 64, 5), np.uint16)
     images[:, :, :, 0] = 10 * np.arange(72)[:, None, None]
