@@ -90,6 +90,8 @@ def _leaks(audit: Audit, split_by: str) -> tuple[Light, str]:
     if split_by == "crop":
         shared = f"{audit.shared_pixels['test']:.1%} of the test pixels"
         return "bad", f"training shows {shared}: split whole images (data.split_by=field)"
+    if shared := [warning for warning in audit.warnings if "to train and val" in warning]:
+        return "look", f"{shared[0]}; of what is tested nothing was seen before"
     return "good", "no image, and no exact copy of one, stands in two splits"
 
 

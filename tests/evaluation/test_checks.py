@@ -107,6 +107,14 @@ def test_crops_of_one_image_on_both_sides():
     assert found["leaks"].reason == "3 groups in two splits, such as A"
 
 
+def test_a_fold_whose_training_and_validation_share_an_image():
+    shared = make_audit(warnings=("1 groups give crops to train and val of this fold, too few",))
+    leaks = lights(audit=shared)["leaks"]
+    assert leaks.light == "look"
+    assert leaks.reason.startswith("1 groups give crops to train and val of this fold")
+    assert leaks.reason.endswith("of what is tested nothing was seen before")
+
+
 def test_empty_crops_that_are_told_apart():
     check = lights(make_predictions(fields=12, right=0.98))["shortcuts"]
     assert check.light == "bad"
