@@ -90,8 +90,8 @@ def _leaks(audit: Audit, split_by: str) -> tuple[Light, str]:
     if split_by == "crop":
         shared = f"{audit.shared_pixels['test']:.1%} of the test pixels"
         return "bad", f"training shows {shared}: split whole images (data.split_by=field)"
-    if shared := [warning for warning in audit.warnings if "to train and val" in warning]:
-        return "look", f"{shared[0]}; of what is tested nothing was seen before"
+    if alike := [warning for warning in audit.warnings if "to train and val" in warning]:
+        return "look", f"{alike[0]}; of what is tested nothing was seen before"
     return "good", "no image, and no exact copy of one, stands in two splits"
 
 
@@ -168,7 +168,7 @@ def _amounts(test: SplitMetrics, audit: Audit) -> tuple[Light, str]:
     low, high = test.interval_95["accuracy"]
     reason = f"{name!r} has {counted(crops, 'training crop')}, no class has fewer"
     if low is None or high is None:
-        return "look", reason
+        return "look", f"{reason}; the accuracy has no interval"
     reason += f"; the accuracy is known to {100 * (high - low):.0f} percentage points"
     return "good" if crops >= _FEW_CROPS and high - low <= _WIDE else "look", reason
 

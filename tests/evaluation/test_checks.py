@@ -225,6 +225,9 @@ def test_few_crops():
     assert wide.light == "look"
     assert "percentage points" in wide.reason
     assert lights(make_predictions(fields=1))["few crops"].light == "look"
+    always = make_predictions(fields=12, logits=np.full((96, 2), [2, 0], np.float32))
+    check = lights(always)["few crops"]
+    assert (check.light, check.reason.split("; ")[1]) == ("look", "the accuracy has no interval")
 
 
 @pytest.mark.parametrize(("share", "light"), [(0.15, "unmeasured"), (0.16, "look")])
