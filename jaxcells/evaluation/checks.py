@@ -121,8 +121,12 @@ def _shortcuts(evidence: Evidence, audit: Audit, chance: float) -> tuple[Light, 
     if clusters and clusters.by_field > max(0, clusters.by_class):
         figures = f"{clusters.by_field:.2f} against {clusters.by_class:.2f}"
         look.append(f"the network groups crops by field more than by class (silhouette {figures})")
+    few = "too few fields to look for any"
+    if clear and min(filter(None, evidence.units.values())) < _FEW_FIELDS:
+        few = "; ".join([*clear, "from so few fields of a class, none found is not none there"])
+        clear = []
     light: Light = "bad" if bad else "look" if look else "good" if clear else "unmeasured"
-    return light, "; ".join(bad + look or clear or ["too few fields to look for any"])
+    return light, "; ".join(bad + look or clear or [few])
 
 
 def _baselines(evidence: Evidence) -> tuple[Light, str]:

@@ -129,6 +129,14 @@ def test_no_empty_crops_and_no_interval_is_unmeasured():
     assert check.light == "unmeasured"
 
 
+@pytest.mark.parametrize(("fields", "light"), [(4, "unmeasured"), (5, "good")])
+def test_no_shortcut_shown_in_few_fields_is_not_none_there(fields, light):
+    check = lights(blind_where_empty(make_predictions(fields=fields, right=0.98)))["shortcuts"]
+    assert check.light == light
+    assert "guessing 0.500" in check.reason
+    assert ("from so few fields" in check.reason) == (light == "unmeasured")
+
+
 def test_a_border_that_gives_the_class_away():
     tested = blind_where_empty(make_predictions(fields=12, right=0.98))
     wrong = np.arange(len(tested.labels)) % 5 == 0
