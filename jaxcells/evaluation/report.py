@@ -59,6 +59,8 @@ class Study:
       config: all keys, nested.
       changes: keys that differ from the default, by their full name.
       results: of the run; of the chosen one, or of one of the folds.
+      opened: how often its test split has been opened by now.
+      tested_before_choice: see `Choice`.
       parts: sentences and tables of a comparison or cross-validation.
       pictures: its own figures, by what they show.
     """
@@ -75,6 +77,8 @@ class Study:
     config: Mapping[str, Any]
     changes: Mapping[str, Any]
     results: RunResults
+    opened: int = 1
+    tested_before_choice: Sequence[str] = ()
     parts: Sequence[str | Table] = ()
     pictures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
 

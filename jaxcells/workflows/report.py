@@ -17,6 +17,7 @@ from jaxcells.evaluation.comparison_figures import draw_accuracy_against_time, d
 from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import SplitMetrics
+from jaxcells.evaluation.predict import times_opened
 from jaxcells.evaluation.predictions import Predictions, read_predictions
 from jaxcells.evaluation.report import Study, write_report
 from jaxcells.evaluation.results import RunResults
@@ -52,6 +53,7 @@ def _study_of_run(workdir: Workdir, **others: Any) -> Study:
         "images": open_arrays(crop_set, workdir.arrays)["test"].images,
         "audit": from_record(Audit, results.data["audit"], workdir.results),
         "curves": read_metrics(workdir.metrics),
+        "opened": times_opened(workdir, "test"),
         "changes": changed_keys(ConfigDict(config)),
         **others,
     }
@@ -79,7 +81,8 @@ def _study_of_comparison(workdir: Workdir) -> Study:
         "Curves of all experiments": draw_curves_together(records, levels),
     }
     chosen = runs[found["choice"]["chosen"]][0]
-    return _study_of_run(chosen, kind="comparison", parts=found["parts"], pictures=pictures)
+    own = {"parts": found["parts"], "tested_before_choice": found["choice"]["tested_before_choice"]}
+    return _study_of_run(chosen, kind="comparison", pictures=pictures, **own)
 
 
 def _study_of_folds(workdir: Workdir) -> Study:

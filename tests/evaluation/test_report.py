@@ -304,6 +304,17 @@ def test_methods_say_what_the_config_did(images, methods):
     text = methods(dataclasses.replace(study, results=results))
     assert "weights trained on ImageNet (Russakovsky et al. 2015) (tensors: 216 loaded)" in text
     assert "The test split had been opened 2 times before" in text
+    assert "once" not in text
+
+
+def test_methods_say_who_saw_the_test_split_when(study, methods):
+    again = methods(dataclasses.replace(study, opened=3))
+    said = "The test split was opened after training and choice. After these figures it was opened"
+    assert f"{said} 2 times more." in again
+    kinds = {"kind": "comparison", "tested_before_choice": ("a_seed0", "b_seed0")}
+    before = methods(dataclasses.replace(study, **kinds))
+    assert "Before the choice, a_seed0, b_seed0 had been evaluated on the test split" in before
+    assert "after training and choice" not in before
 
 
 def test_folds_are_named_and_have_no_map(images, methods, tmp_path):

@@ -220,6 +220,7 @@ def test_poisoned_test_figures_change_nothing_about_the_choice(
     compare(*experiments, copy)
     was, now = (comparison_of(workdir) for workdir in (finished, copy))
     assert now["choice"].pop("tested_before_choice") == LABELS[2:]
+    assert f"Before the choice, {', '.join(LABELS[2:])} had been" in copy.report.read_text()
     assert now["choice"] == {key: was["choice"][key] for key in now["choice"]}
     of = [found["experiments"] for found in (was, now)]
     assert [row["validation"] for row in of[0]] == [row["validation"] for row in of[1]]
