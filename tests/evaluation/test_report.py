@@ -307,6 +307,20 @@ def test_methods_say_what_the_config_did(images, methods):
     assert "once" not in text
 
 
+def test_methods_count_each_group_and_image_once(study, methods):
+    of = study.crop_set  # 3 classes with 6 fields of 4 crops
+    groups = [r.source[-6:-4] for r in of.records]  # every group shows all classes
+    splits = ["train" if group < "f3" else "val" if group < "f5" else "test" for group in groups]
+    changed = zip(of.records, groups, splits, strict=True)
+    records = tuple(dataclasses.replace(r, group=g, split=s) for r, g, s in changed)
+    sources = {**of.sources, "no crop.png": {}}
+    of = dataclasses.replace(of, records=records, sources=sources, split_by="group")
+    text = methods(dataclasses.replace(study, crop_set=of))
+    assert "18 images of 3 classes" in text
+    assert "Training: 36 crops of 3 independent groups; validation: 24 crops of 2" in text
+    assert "test: 12 crops of 1 independent groups." in text
+
+
 def test_methods_say_who_saw_the_test_split_when(study, methods):
     again = methods(dataclasses.replace(study, opened=3))
     said = "The test split was opened after training and choice. After these figures it was opened"
