@@ -26,6 +26,7 @@ _FEW_FIELDS = 5  # per class: with fewer, intervals do not keep their promise
 _FEW_CROPS = 50  # of a class, to train on
 _WIDE = 0.2  # interval of the accuracy, from end to end
 _CALIBRATED, _MISLEADING = 0.05, 0.10  # expected calibration error
+_HOTTEST = 19.9  # temperatures are fitted up to 20
 _MANY_UNKNOWN = 0.15  # the threshold asks for 0.05
 _RISEN = 1.2  # the last validation loss as a multiple of the lowest
 
@@ -48,7 +49,12 @@ class Check:
 
 
 def run_checks(
-    test: SplitMetrics, evidence: Evidence, audit: Audit, curves: Records, split_by: str
+    test: SplitMetrics,
+    evidence: Evidence,
+    audit: Audit,
+    curves: Records,
+    split_by: str,
+    temperature: float = 1.0,
 ) -> tuple[Check, ...]:
     """Looks at eight things that make figures worthless, or more modest than they seem.
 
@@ -61,6 +67,7 @@ def run_checks(
       curves: the records of metrics.jsonl; empty where several networks were trained.
       split_by: what is never divided between the splits, as `data.split_by` says; "as found" where
         the image folder brought its own split.
+      temperature: the highest by which probabilities were calibrated.
     """
     chance = 1 / sum(number > 0 for number in evidence.units.values())
     found = {
@@ -68,7 +75,7 @@ def run_checks(
         "leaks": _leaks(audit, split_by),
         "shortcuts": _shortcuts(evidence, audit, chance),
         "baseline beaten": _baselines(evidence),
-        "calibration": _calibration(evidence),
+        "calibration": _calibration(evidence, temperature),
         "convergence": _convergence(curves, chance),
         "few crops": _amounts(test, audit),
         "unknowns": _unknowns(evidence),
@@ -139,13 +146,17 @@ def _baselines(evidence: Evidence) -> tuple[Light, str]:
     return "look" if best.difference.interval_note else "good", reason
 
 
-def _calibration(evidence: Evidence) -> tuple[Light, str]:
+def _calibration(evidence: Evidence, temperature: float) -> tuple[Light, str]:
     error = evidence.reliability.ece_calibrated
     low, _ = error.interval_95
     if error.value is None or low is None:
         return "unmeasured", "too few independent fields to measure it"
-    light: Light = "bad" if low > _MISLEADING else "look" if error.value > _CALIBRATED else "good"
-    return light, f"calibrated probabilities are off by {error} on average"
+    reason = f"calibrated probabilities are off by {error} on average"
+    if at_limit := temperature > _HOTTEST:
+        reason += f"; the temperature of {temperature:.0f} is the highest that is tried"
+    if low > _MISLEADING:
+        return "bad", reason
+    return "look" if at_limit or error.value > _CALIBRATED else "good", reason
 
 
 def _convergence(curves: Records, chance: float) -> tuple[Light, str]:

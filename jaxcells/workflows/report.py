@@ -58,7 +58,8 @@ def _study_of_run(workdir: Workdir, **others: Any) -> Study:
         **others,
     }
     seen = {key: found[key] for key in ("test", "evidence", "audit", "curves")}
-    checks = run_checks(split_by=results.data["split_by"], **seen)
+    hottest = float(found["predictions"].temperature.max())
+    checks = run_checks(split_by=results.data["split_by"], temperature=hottest, **seen)
     return Study(checks=checks, crop_set=crop_set, config=config, results=results, **found)
 
 

@@ -56,7 +56,14 @@ def blind_where_empty(tested):
 
 
 def lights(
-    tested=None, *, evidence=None, audit=None, curves=CONVERGED, split_by="field", **changed
+    tested=None,
+    *,
+    evidence=None,
+    audit=None,
+    curves=CONVERGED,
+    split_by="field",
+    temperature=1.5,
+    **changed,
 ):
     """The checks by name."""
     tested = tested or blind_where_empty(make_predictions(fields=12, right=0.98))
@@ -68,7 +75,7 @@ def lights(
         evidence, **{"reliability": reliability, "unknown_share": 0.05} | changed
     )
     test = split_metrics(tested, seed=0)
-    checks = run_checks(test, evidence, audit or make_audit(), curves, split_by)
+    checks = run_checks(test, evidence, audit or make_audit(), curves, split_by, temperature)
     assert [check.name for check in checks] == NAMES
     for check in checks:
         assert check.reason
@@ -204,6 +211,9 @@ def test_calibration(score, light):
     evidence = gather_evidence(make_predictions(), seed=0)
     reliability = dataclasses.replace(evidence.reliability, ece_calibrated=score)
     assert lights(reliability=reliability)["calibration"].light == light
+    hot = lights(reliability=reliability, temperature=19.99)["calibration"]
+    assert hot.light == ("look" if light == "good" else light)
+    assert ("20 is the highest that is tried" in hot.reason) == (light != "unmeasured")
 
 
 @pytest.mark.parametrize(

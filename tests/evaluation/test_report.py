@@ -321,6 +321,22 @@ def test_methods_count_each_group_and_image_once(study, methods):
     assert "test: 12 crops of 1 independent groups." in text
 
 
+@pytest.mark.parametrize(
+    ("temperatures", "said"),
+    [
+        ([1.5], "calibrated by a temperature fitted on the validation split (Guo et al. 2017);"),
+        ([1.0], "as the network gave them: no validation crop was wrong, and no temperature was"),
+        ([1.0, 1.5], "(Guo et al. 2017), but for folds without an error there; their"),
+        ([19.99], "(Guo et al. 2017), which reached its limit of 20, so that they are not to be"),
+    ],
+)
+def test_methods_say_how_probabilities_were_calibrated(study, methods, temperatures, said):
+    predictions = dataclasses.replace(study.predictions, temperature=np.resize(temperatures, 72))
+    text = methods(dataclasses.replace(study, predictions=predictions))
+    assert said in text
+    assert ("fitted on the validation" in text) == (temperatures != [1.0])
+
+
 def test_methods_say_who_saw_the_test_split_when(study, methods):
     again = methods(dataclasses.replace(study, opened=3))
     said = "The test split was opened after training and choice. After these figures it was opened"
