@@ -216,6 +216,17 @@ def test_names_of_folders_are_text_everywhere(page):
     assert NASTY in words(text)
 
 
+def test_names_that_begin_with_an_underline_stand_in_legends(images):
+    predictions = make_study(images, names=("_a", "b")).predictions
+    for drawn in (
+        report_figures.draw_against_rest(predictions, "roc"),
+        report_figures.draw_against_rest(predictions, "precision_recall"),
+        report_figures.draw_feature_map(predictions),
+    ):
+        shown = [text.get_text() for text in drawn.legends[0].get_texts()]
+        assert [text.strip("\u200b") for text in shown if text != "chance"] == ["_a", "b"]
+
+
 def test_pictures_repeat_and_share_no_id(study, page, tmp_path):
     text = page.read_text()
     assert text.count('<svg role="img"') == 7
