@@ -21,7 +21,7 @@ from jaxcells.evaluation.predict import times_opened
 from jaxcells.evaluation.predictions import Predictions, read_predictions
 from jaxcells.evaluation.report import Study, write_report
 from jaxcells.evaluation.results import RunResults
-from jaxcells.files import Workdir, from_record, logger, read_json
+from jaxcells.files import Error, Workdir, from_record, logger, read_json
 from jaxcells.training.progress import read_metrics
 
 
@@ -32,12 +32,14 @@ def report(workdir: Workdir) -> None:
       Error: files are missing, damaged or of another version.
     """
     if workdir.experiments.is_dir():
-        study = _study_of_comparison(workdir)
+        gather, last = _study_of_comparison, workdir.comparison / "compare.json"
     elif workdir.folds.is_dir():
-        study = _study_of_folds(workdir)
+        gather, last = _study_of_folds, workdir.cross_validation / "results.json"
     else:
-        study = _study_of_run(workdir)
-    write_report(workdir.report, study)
+        gather, last = _study_of_run, workdir.results
+    if not last.exists() and (gather is not _study_of_run or workdir.config.exists()):
+        raise Error(f"{workdir}: not finished; give the command that began it again, to go on")
+    write_report(workdir.report, gather(workdir))
     logger.info("the report is %s", workdir.report)
 
 
