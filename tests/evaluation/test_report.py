@@ -318,6 +318,25 @@ def test_methods_say_what_the_config_did(images, methods):
     assert "once" not in text
 
 
+@pytest.mark.parametrize(
+    ("plane", "said"),
+    [
+        ("T=0", "Read of image stacks: the plane T=0."),
+        ("Z=max", "Read of image stacks: the maximum along Z."),
+        ("z=Mean, T=0", "Read of image stacks: the mean along Z, the plane T=0."),
+        ("I=C", "Read of image stacks: unnamed pages as channels."),
+        ("", ""),
+    ],
+)
+def test_methods_say_what_of_stacks_was_read(study, methods, plane, said):
+    settings = dataclasses.replace(study.crop_set.settings, plane=plane)
+    crop_set = dataclasses.replace(study.crop_set, settings=settings)
+    text = methods(dataclasses.replace(study, crop_set=crop_set))
+    assert said in text
+    assert ("stacks" in text) == bool(plane)
+    assert "  " not in text
+
+
 def test_methods_count_each_group_and_image_once(study, methods):
     of = study.crop_set  # 3 classes with 6 fields of 4 crops
     groups = [r.source[-6:-4] for r in of.records]  # every group shows all classes
@@ -440,6 +459,7 @@ def test_sixteen_bits_and_many_channels_are_shown_on_one_scale(study, tmp_path):
     ]
     assert len(means) == 72
     assert np.ptp([mean[0] for mean in means]) > 150  # red follows the first channel
+    assert "All are on one scale, each channel scaled for display." in text
 
 
 @pytest.fixture(scope="module")
