@@ -19,8 +19,8 @@ KEYS = ("accuracy", "balanced_accuracy")
 # Replicates are drawn and used in chunks of so many numbers: 16 MB each.
 _CHUNK = 2_000_000
 
-# (low, high), or (None, None) where a class has a single unit: nothing then tells how much units
-# of it differ.
+# (low, high), or (None, None) where nothing tells how much units differ: a class has a single one,
+# or an accuracy is the same in all replicates.
 Interval = tuple[float | None, ...]
 NO_INTERVAL: Interval = (None, None)
 
@@ -94,7 +94,12 @@ def accuracy_intervals(hits: npt.NDArray[Any], crops: Ints, split: Split) -> Int
     units_of = (crops > 0).sum(axis=0)
     fewest = int(units_of[units_of > 0].min())
     if fewest == 1 or (hits != crops).any():
-        return bootstrap_intervals(hits, crops, split)
+        intervals, note = bootstrap_intervals(hits, crops, split)
+        still = [key for key, (low, high) in intervals.items() if low is not None and low == high]
+        if still:
+            alike = f"fields (groups) do not differ, and give {' and '.join(still)} no interval"
+            note = f"{note}; {alike}" if note else alike
+        return intervals | dict.fromkeys(still, NO_INTERVAL), note
     num_units = fewest * len(np.unique(_strata(crops)))
     lower = bound_without_error(num_units)
     exact = (

@@ -26,6 +26,7 @@ _FEW_FIELDS = 5  # per class: with fewer, intervals do not keep their promise
 _FEW_CROPS = 50  # of a class, to train on
 _WIDE = 0.2  # interval of the accuracy, from end to end
 _CALIBRATED, _MISLEADING = 0.05, 0.10  # expected calibration error
+_HOTTEST = 19.9  # temperatures are fitted up to 20
 _MANY_UNKNOWN = 0.15  # the threshold asks for 0.05
 _RISEN = 1.2  # the last validation loss as a multiple of the lowest
 
@@ -48,7 +49,12 @@ class Check:
 
 
 def run_checks(
-    test: SplitMetrics, evidence: Evidence, audit: Audit, curves: Records, split_by: str
+    test: SplitMetrics,
+    evidence: Evidence,
+    audit: Audit,
+    curves: Records,
+    split_by: str,
+    temperature: float = 1.0,
 ) -> tuple[Check, ...]:
     """Looks at eight things that make figures worthless, or more modest than they seem.
 
@@ -61,6 +67,7 @@ def run_checks(
       curves: the records of metrics.jsonl; empty where several networks were trained.
       split_by: what is never divided between the splits, as `data.split_by` says; "as found" where
         the image folder brought its own split.
+      temperature: the highest by which probabilities were calibrated.
     """
     chance = 1 / sum(number > 0 for number in evidence.units.values())
     found = {
@@ -68,7 +75,7 @@ def run_checks(
         "leaks": _leaks(audit, split_by),
         "shortcuts": _shortcuts(evidence, audit, chance),
         "baseline beaten": _baselines(evidence),
-        "calibration": _calibration(evidence),
+        "calibration": _calibration(evidence, temperature),
         "convergence": _convergence(curves, chance),
         "few crops": _amounts(test, audit),
         "unknowns": _unknowns(evidence),
@@ -90,6 +97,8 @@ def _leaks(audit: Audit, split_by: str) -> tuple[Light, str]:
     if split_by == "crop":
         shared = f"{audit.shared_pixels['test']:.1%} of the test pixels"
         return "bad", f"training shows {shared}: split whole images (data.split_by=field)"
+    if alike := [warning for warning in audit.warnings if "to train and val" in warning]:
+        return "look", f"{alike[0]}; of what is tested nothing was seen before"
     return "good", "no image, and no exact copy of one, stands in two splits"
 
 
@@ -119,8 +128,12 @@ def _shortcuts(evidence: Evidence, audit: Audit, chance: float) -> tuple[Light, 
     if clusters and clusters.by_field > max(0, clusters.by_class):
         figures = f"{clusters.by_field:.2f} against {clusters.by_class:.2f}"
         look.append(f"the network groups crops by field more than by class (silhouette {figures})")
+    few = "too few fields to look for any"
+    if clear and min(filter(None, evidence.units.values())) < _FEW_FIELDS:
+        few = "; ".join([*clear, "from so few fields of a class, none found is not none there"])
+        clear = []
     light: Light = "bad" if bad else "look" if look else "good" if clear else "unmeasured"
-    return light, "; ".join(bad + look or clear or ["too few fields to look for any"])
+    return light, "; ".join(bad + look or clear or [few])
 
 
 def _baselines(evidence: Evidence) -> tuple[Light, str]:
@@ -133,13 +146,17 @@ def _baselines(evidence: Evidence) -> tuple[Light, str]:
     return "look" if best.difference.interval_note else "good", reason
 
 
-def _calibration(evidence: Evidence) -> tuple[Light, str]:
+def _calibration(evidence: Evidence, temperature: float) -> tuple[Light, str]:
     error = evidence.reliability.ece_calibrated
     low, _ = error.interval_95
     if error.value is None or low is None:
         return "unmeasured", "too few independent fields to measure it"
-    light: Light = "bad" if low > _MISLEADING else "look" if error.value > _CALIBRATED else "good"
-    return light, f"calibrated probabilities are off by {error} on average"
+    reason = f"calibrated probabilities are off by {error} on average"
+    if at_limit := temperature > _HOTTEST:
+        reason += f"; the temperature of {temperature:.0f} is the highest that is tried"
+    if low > _MISLEADING:
+        return "bad", reason
+    return "look" if at_limit or error.value > _CALIBRATED else "good", reason
 
 
 def _convergence(curves: Records, chance: float) -> tuple[Light, str]:
@@ -166,7 +183,7 @@ def _amounts(test: SplitMetrics, audit: Audit) -> tuple[Light, str]:
     low, high = test.interval_95["accuracy"]
     reason = f"{name!r} has {counted(crops, 'training crop')}, no class has fewer"
     if low is None or high is None:
-        return "look", reason
+        return "look", f"{reason}; the accuracy has no interval"
     reason += f"; the accuracy is known to {100 * (high - low):.0f} percentage points"
     return "good" if crops >= _FEW_CROPS and high - low <= _WIDE else "look", reason
 

@@ -78,7 +78,8 @@ class SplitMetrics:
       loss: mean negative log likelihood in nats; no crop counts more than 87.3.
       per_class: by name of the class.
       confusion_matrix: [K][K] counts; rows are true classes, columns predictions.
-      interval_95: of accuracy and balanced_accuracy, (None, None) where a class has a single unit.
+      interval_95: of accuracy and balanced_accuracy, (None, None) where nothing tells how units
+        differ.
       interval_note: None, or why the intervals deserve less trust than usual.
       absent_classes: names without a crop in the split.
       num_crops: number of crops.

@@ -59,6 +59,8 @@ class Study:
       config: all keys, nested.
       changes: keys that differ from the default, by their full name.
       results: of the run; of the chosen one, or of one of the folds.
+      opened: how often its test split has been opened by now.
+      tested_before_choice: see `Choice`.
       parts: sentences and tables of a comparison or cross-validation.
       pictures: its own figures, by what they show.
     """
@@ -75,6 +77,8 @@ class Study:
     config: Mapping[str, Any]
     changes: Mapping[str, Any]
     results: RunResults
+    opened: int = 1
+    tested_before_choice: Sequence[str] = ()
     parts: Sequence[str | Table] = ()
     pictures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
 
@@ -197,8 +201,9 @@ def _draw_fields(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
 def _shrunk(image: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
     """An image [H, W, C] with no side longer than that: means of squares, in its own dtype."""
     step = -(-max(image.shape[:2]) // side)
-    height, width = (length // step for length in image.shape[:2])
-    squares = image[: height * step, : width * step].reshape(height, step, width, step, -1)
+    rows, columns = (min(step, length) for length in image.shape[:2])  # a thin one has few
+    height, width = image.shape[0] // rows, image.shape[1] // columns
+    squares = image[: height * rows, : width * columns].reshape(height, rows, width, columns, -1)
     return squares.mean(axis=(1, 3)).astype(image.dtype)
 
 

@@ -71,7 +71,7 @@ def draw_against_rest(predictions: Predictions, kind: Literal["roc", "precision_
         right = predictions.labels == label
         if right.any() and not right.all():
             xy = curve(right, predictions.probabilities[:, label])[:2][::order]
-            axes.plot(*xy, drawstyle=steps, label=shortened(name, 24), **style)
+            axes.plot(*xy, drawstyle=steps, label=_label(name), **style)
     return _with_legend(figure)
 
 
@@ -138,10 +138,15 @@ def draw_feature_map(predictions: Predictions) -> Figure:
         many = len(points) > _MANY_POINTS
         axes.plot(*lines.T, color=style["color"], lw=0.4, alpha=0.6, rasterized=many)
         axes.plot(*crops.T, ms=3, mew=0, alpha=0.6, rasterized=many, **look)
-        axes.plot(*np.transpose(means), ms=7, mec="black", label=shortened(name, 24), **look)
+        axes.plot(*np.transpose(means), ms=7, mec="black", label=_label(name), **look)
     for axis, share in zip("xy", pca.explained_variance_ratio_, strict=True):
         axes.set(**{f"{axis}label": f"{share:.0%} of the variance", f"{axis}ticks": []})
     return _with_legend(figure)
+
+
+def _label(name: str) -> str:
+    """A class as a label of lines: matplotlib would leave out one that begins with "_"."""
+    return "\u200b" * name.startswith("_") + shortened(name, 24)
 
 
 def _square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

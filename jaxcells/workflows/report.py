@@ -17,10 +17,11 @@ from jaxcells.evaluation.comparison_figures import draw_accuracy_against_time, d
 from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import SplitMetrics
+from jaxcells.evaluation.predict import times_opened
 from jaxcells.evaluation.predictions import Predictions, read_predictions
 from jaxcells.evaluation.report import Study, write_report
 from jaxcells.evaluation.results import RunResults
-from jaxcells.files import Workdir, from_record, logger, read_json
+from jaxcells.files import Error, Workdir, from_record, logger, read_json
 from jaxcells.training.progress import read_metrics
 
 
@@ -31,12 +32,14 @@ def report(workdir: Workdir) -> None:
       Error: files are missing, damaged or of another version.
     """
     if workdir.experiments.is_dir():
-        study = _study_of_comparison(workdir)
+        gather, last = _study_of_comparison, workdir.comparison / "compare.json"
     elif workdir.folds.is_dir():
-        study = _study_of_folds(workdir)
+        gather, last = _study_of_folds, workdir.cross_validation / "results.json"
     else:
-        study = _study_of_run(workdir)
-    write_report(workdir.report, study)
+        gather, last = _study_of_run, workdir.results
+    if not last.exists() and (gather is not _study_of_run or workdir.config.exists()):
+        raise Error(f"{workdir}: not finished; give the command that began it again, to go on")
+    write_report(workdir.report, gather(workdir))
     logger.info("the report is %s", workdir.report)
 
 
@@ -52,11 +55,13 @@ def _study_of_run(workdir: Workdir, **others: Any) -> Study:
         "images": open_arrays(crop_set, workdir.arrays)["test"].images,
         "audit": from_record(Audit, results.data["audit"], workdir.results),
         "curves": read_metrics(workdir.metrics),
+        "opened": times_opened(workdir, "test"),
         "changes": changed_keys(ConfigDict(config)),
         **others,
     }
     seen = {key: found[key] for key in ("test", "evidence", "audit", "curves")}
-    checks = run_checks(split_by=results.data["split_by"], **seen)
+    hottest = float(found["predictions"].temperature.max())
+    checks = run_checks(split_by=results.data["split_by"], temperature=hottest, **seen)
     return Study(checks=checks, crop_set=crop_set, config=config, results=results, **found)
 
 
@@ -79,7 +84,8 @@ def _study_of_comparison(workdir: Workdir) -> Study:
         "Curves of all experiments": draw_curves_together(records, levels),
     }
     chosen = runs[found["choice"]["chosen"]][0]
-    return _study_of_run(chosen, kind="comparison", parts=found["parts"], pictures=pictures)
+    own = {"parts": found["parts"], "tested_before_choice": found["choice"]["tested_before_choice"]}
+    return _study_of_run(chosen, kind="comparison", pictures=pictures, **own)
 
 
 def _study_of_folds(workdir: Workdir) -> Study:

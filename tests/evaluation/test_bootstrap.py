@@ -108,6 +108,20 @@ def test_few_units_are_named_and_one_gives_no_interval():
     assert "2 of 'line 11', … 26 more)" in result.interval_note
 
 
+def test_a_network_that_always_says_one_class_has_no_interval():
+    labels = np.repeat([0, 1], 40)
+    always = one_hot(np.zeros(80, int), 2)
+    result = metrics_of(always, labels, class_names="AB", groups=np.arange(80) // 4)
+    assert (result.accuracy, result.balanced_accuracy) == (0.5, 0.5)
+    assert set(result.interval_95.values()) == {(None, None)}
+    assert "give accuracy and balanced_accuracy no interval" in result.interval_note
+    unequal = np.minimum(np.arange(80) // 4, 17)  # one field has more crops than the others
+    result = metrics_of(always, labels, class_names="AB", groups=unequal)
+    assert result.interval_95["balanced_accuracy"] == (None, None)
+    assert result.interval_95["accuracy"][0] < 0.5
+    assert result.interval_note.endswith("and give balanced_accuracy no interval")
+
+
 def test_no_error_still_has_a_lower_bound():
     labels, numbers = np.repeat([0, 1], 50), np.arange(100)
     for units, trials, low in [

@@ -56,7 +56,14 @@ def blind_where_empty(tested):
 
 
 def lights(
-    tested=None, *, evidence=None, audit=None, curves=CONVERGED, split_by="field", **changed
+    tested=None,
+    *,
+    evidence=None,
+    audit=None,
+    curves=CONVERGED,
+    split_by="field",
+    temperature=1.5,
+    **changed,
 ):
     """The checks by name."""
     tested = tested or blind_where_empty(make_predictions(fields=12, right=0.98))
@@ -68,7 +75,7 @@ def lights(
         evidence, **{"reliability": reliability, "unknown_share": 0.05} | changed
     )
     test = split_metrics(tested, seed=0)
-    checks = run_checks(test, evidence, audit or make_audit(), curves, split_by)
+    checks = run_checks(test, evidence, audit or make_audit(), curves, split_by, temperature)
     assert [check.name for check in checks] == NAMES
     for check in checks:
         assert check.reason
@@ -107,6 +114,14 @@ def test_crops_of_one_image_on_both_sides():
     assert found["leaks"].reason == "3 groups in two splits, such as A"
 
 
+def test_a_fold_whose_training_and_validation_share_an_image():
+    shared = make_audit(warnings=("1 groups give crops to train and val of this fold, too few",))
+    leaks = lights(audit=shared)["leaks"]
+    assert leaks.light == "look"
+    assert leaks.reason.startswith("1 groups give crops to train and val of this fold")
+    assert leaks.reason.endswith("of what is tested nothing was seen before")
+
+
 def test_empty_crops_that_are_told_apart():
     check = lights(make_predictions(fields=12, right=0.98))["shortcuts"]
     assert check.light == "bad"
@@ -119,6 +134,14 @@ def test_empty_crops_that_are_told_apart():
 def test_no_empty_crops_and_no_interval_is_unmeasured():
     check = lights(make_predictions(fields=1, crops=3))["shortcuts"]
     assert check.light == "unmeasured"
+
+
+@pytest.mark.parametrize(("fields", "light"), [(4, "unmeasured"), (5, "good")])
+def test_no_shortcut_shown_in_few_fields_is_not_none_there(fields, light):
+    check = lights(blind_where_empty(make_predictions(fields=fields, right=0.98)))["shortcuts"]
+    assert check.light == light
+    assert "guessing 0.500" in check.reason
+    assert ("from so few fields" in check.reason) == (light == "unmeasured")
 
 
 def test_a_border_that_gives_the_class_away():
@@ -188,6 +211,9 @@ def test_calibration(score, light):
     evidence = gather_evidence(make_predictions(), seed=0)
     reliability = dataclasses.replace(evidence.reliability, ece_calibrated=score)
     assert lights(reliability=reliability)["calibration"].light == light
+    hot = lights(reliability=reliability, temperature=19.99)["calibration"]
+    assert hot.light == ("look" if light == "good" else light)
+    assert ("20 is the highest that is tried" in hot.reason) == (light != "unmeasured")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +243,9 @@ def test_few_crops():
     assert wide.light == "look"
     assert "percentage points" in wide.reason
     assert lights(make_predictions(fields=1))["few crops"].light == "look"
+    always = make_predictions(fields=12, logits=np.full((96, 2), [2, 0], np.float32))
+    check = lights(always)["few crops"]
+    assert (check.light, check.reason.split("; ")[1]) == ("look", "the accuracy has no interval")
 
 
 @pytest.mark.parametrize(("share", "light"), [(0.15, "unmeasured"), (0.16, "look")])

@@ -216,6 +216,17 @@ def test_names_of_folders_are_text_everywhere(page):
     assert NASTY in words(text)
 
 
+def test_names_that_begin_with_an_underline_stand_in_legends(images):
+    predictions = make_study(images, names=("_a", "b")).predictions
+    for drawn in (
+        report_figures.draw_against_rest(predictions, "roc"),
+        report_figures.draw_against_rest(predictions, "precision_recall"),
+        report_figures.draw_feature_map(predictions),
+    ):
+        shown = [text.get_text() for text in drawn.legends[0].get_texts()]
+        assert [text.strip("\u200b") for text in shown if text != "chance"] == ["_a", "b"]
+
+
 def test_pictures_repeat_and_share_no_id(study, page, tmp_path):
     text = page.read_text()
     assert text.count('<svg role="img"') == 7
@@ -304,6 +315,66 @@ def test_methods_say_what_the_config_did(images, methods):
     text = methods(dataclasses.replace(study, results=results))
     assert "weights trained on ImageNet (Russakovsky et al. 2015) (tensors: 216 loaded)" in text
     assert "The test split had been opened 2 times before" in text
+    assert "once" not in text
+
+
+@pytest.mark.parametrize(
+    ("plane", "said"),
+    [
+        ("T=0", "Read of image stacks: the plane T=0."),
+        ("Z=max", "Read of image stacks: the maximum along Z."),
+        ("z=Mean, T=0", "Read of image stacks: the mean along Z, the plane T=0."),
+        ("I=C", "Read of image stacks: unnamed pages as channels."),
+        ("", ""),
+    ],
+)
+def test_methods_say_what_of_stacks_was_read(study, methods, plane, said):
+    settings = dataclasses.replace(study.crop_set.settings, plane=plane)
+    crop_set = dataclasses.replace(study.crop_set, settings=settings)
+    text = methods(dataclasses.replace(study, crop_set=crop_set))
+    assert said in text
+    assert ("stacks" in text) == bool(plane)
+    assert "  " not in text
+
+
+def test_methods_count_each_group_and_image_once(study, methods):
+    of = study.crop_set  # 3 classes with 6 fields of 4 crops
+    groups = [r.source[-6:-4] for r in of.records]  # every group shows all classes
+    splits = ["train" if group < "f3" else "val" if group < "f5" else "test" for group in groups]
+    changed = zip(of.records, groups, splits, strict=True)
+    records = tuple(dataclasses.replace(r, group=g, split=s) for r, g, s in changed)
+    sources = {**of.sources, "no crop.png": {}}
+    of = dataclasses.replace(of, records=records, sources=sources, split_by="group")
+    text = methods(dataclasses.replace(study, crop_set=of))
+    assert "18 images of 3 classes" in text
+    assert "Training: 36 crops of 3 independent groups; validation: 24 crops of 2" in text
+    assert "test: 12 crops of 1 independent groups." in text
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "said"),
+    [
+        ([1.5], "calibrated by a temperature fitted on the validation split (Guo et al. 2017);"),
+        ([1.0], "as the network gave them: no validation crop was wrong, and no temperature was"),
+        ([1.0, 1.5], "(Guo et al. 2017), but for folds without an error there; their"),
+        ([19.99], "(Guo et al. 2017), which reached its limit of 20, so that they are not to be"),
+    ],
+)
+def test_methods_say_how_probabilities_were_calibrated(study, methods, temperatures, said):
+    predictions = dataclasses.replace(study.predictions, temperature=np.resize(temperatures, 72))
+    text = methods(dataclasses.replace(study, predictions=predictions))
+    assert said in text
+    assert ("fitted on the validation" in text) == (temperatures != [1.0])
+
+
+def test_methods_say_who_saw_the_test_split_when(study, methods):
+    again = methods(dataclasses.replace(study, opened=3))
+    said = "The test split was opened after training and choice. After these figures it was opened"
+    assert f"{said} 2 times more." in again
+    kinds = {"kind": "comparison", "tested_before_choice": ("a_seed0", "b_seed0")}
+    before = methods(dataclasses.replace(study, **kinds))
+    assert "Before the choice, a_seed0, b_seed0 had been evaluated on the test split" in before
+    assert "after training and choice" not in before
 
 
 def test_folds_are_named_and_have_no_map(images, methods, tmp_path):
@@ -368,6 +439,14 @@ def test_images_that_are_gone_are_not_shown(study, tmp_path):
     assert "or cannot be read: they are not shown" in words((tmp_path / "report.html").read_text())
 
 
+def test_a_field_thinner_than_a_square_is_shrunk_to_one_row():
+    image = np.arange(13_000, dtype=np.uint16) * np.ones((32, 1), np.uint16)
+    small = report._shrunk(image[..., None], 112)
+    assert small.shape == (1, 111, 1)
+    assert small[0, :2, 0].tolist() == [58, 175]  # means of 0 to 116 and of 117 to 233
+    assert report._shrunk(image.T[..., None], 112).shape == (111, 1, 1)
+
+
 def test_sixteen_bits_and_many_channels_are_shown_on_one_scale(study, tmp_path):
     images = np.zeros((72, 64, 64, 5), np.uint16)
     images[:, :, :, 0] = 10 * np.arange(72)[:, None, None]
@@ -380,6 +459,7 @@ def test_sixteen_bits_and_many_channels_are_shown_on_one_scale(study, tmp_path):
     ]
     assert len(means) == 72
     assert np.ptp([mean[0] for mean in means]) > 150  # red follows the first channel
+    assert "All are on one scale, each channel scaled for display." in text
 
 
 @pytest.fixture(scope="module")

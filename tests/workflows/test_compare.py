@@ -26,6 +26,7 @@ from jaxcells.training.signals import Interrupted
 from jaxcells.workflows import train
 from jaxcells.workflows.compare import circumstances, compare
 from jaxcells.workflows.evaluate import evaluate
+from jaxcells.workflows.report import report
 from tests.data.folders import write_folder
 from tests.evaluation.test_comparison_figures import figures, row
 
@@ -220,6 +221,7 @@ def test_poisoned_test_figures_change_nothing_about_the_choice(
     compare(*experiments, copy)
     was, now = (comparison_of(workdir) for workdir in (finished, copy))
     assert now["choice"].pop("tested_before_choice") == LABELS[2:]
+    assert f"Before the choice, {', '.join(LABELS[2:])} had been" in copy.report.read_text()
     assert now["choice"] == {key: was["choice"][key] for key in now["choice"]}
     of = [found["experiments"] for found in (was, now)]
     assert [row["validation"] for row in of[0]] == [row["validation"] for row in of[1]]
@@ -243,6 +245,9 @@ def test_stopped_anywhere_it_goes_on_there_and_trains_nothing_twice(
     with pytest.raises(Interrupted, match="stopped at step 7 of 10"):
         compare(base, [first, second], workdir)
     assert not workdir.comparison.exists()
+    for unfinished in (workdir, run_of(workdir, LABELS[1])):
+        with pytest.raises(Error, match="not finished; give the command that began it again"):
+            report(unfinished)
     assert list_steps(run_of(workdir, LABELS[1]).checkpoints)[-1] == 7
     assert not list(workdir.path.rglob("predictions_test.csv"))
 

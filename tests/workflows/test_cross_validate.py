@@ -139,6 +139,9 @@ def test_the_report_is_of_batches_where_all_other_folds_failed(finished, tmp_pat
     write_json(path, found)
     report(copy)
     assert "of 40 crops from 2 independent" in copy.report.read_text()
+    path.unlink()
+    with pytest.raises(Error, match="not finished"):
+        report(copy)
 
 
 @pytest.mark.slow
