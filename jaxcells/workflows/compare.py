@@ -28,7 +28,7 @@ from jaxcells.training import mesh
 from jaxcells.training.progress import Progress, read_metrics
 from jaxcells.workflows import train
 from jaxcells.workflows.prepare import PreparedData
-from jaxcells.workflows.report import predictions_of, read_results, report
+from jaxcells.workflows.report import by_fraction, predictions_of, read_results, report
 
 
 def compare(base: ConfigDict, experiments: Sequence[Experiment], workdir: Workdir) -> None:
@@ -193,11 +193,7 @@ def write_comparison(
     comparisons = compare_with(choice.chosen, predictions, split)
     baselines = results[done[0].label].evidence.baselines
     notes = circumstances(base, done, rows, baselines["brightness"].accuracy)
-    curves: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.training_images):
-        name, has_fraction, _ = row.name.partition("_fraction")
-        if has_fraction:
-            curves.setdefault(name, []).append(row)
+    curves = by_fraction(rows)
     for name, points in curves.items():
         if len(points) > 1:
             notes += comparison_table.learning_curve(name, points, validated, validation)

@@ -13,7 +13,11 @@ from jaxcells.data.arrays import open_arrays
 from jaxcells.data.audit import Audit
 from jaxcells.data.crop_set import open_crop_set
 from jaxcells.evaluation.checks import run_checks
-from jaxcells.evaluation.comparison_figures import draw_accuracy_against_time, draw_curves_together
+from jaxcells.evaluation.comparison_figures import (
+    draw_accuracy_against_time,
+    draw_curves_together,
+    draw_learning_curves,
+)
 from jaxcells.evaluation.comparison_table import Row
 from jaxcells.evaluation.evidence import Evidence
 from jaxcells.evaluation.metrics import SplitMetrics
@@ -83,6 +87,8 @@ def _study_of_comparison(workdir: Workdir) -> Study:
         "Accuracy against training time": draw_accuracy_against_time(rows, levels),
         "Curves of all experiments": draw_curves_together(records, levels),
     }
+    if curves := by_fraction(rows):
+        pictures["Accuracy against the number of training images"] = draw_learning_curves(curves)
     chosen = runs[found["choice"]["chosen"]][0]
     own = {"parts": found["parts"], "tested_before_choice": found["choice"]["tested_before_choice"]}
     return _study_of_run(chosen, kind="comparison", pictures=pictures, **own)
@@ -105,6 +111,16 @@ def _study_of_folds(workdir: Workdir) -> Study:
         curves=(),
         parts=found["parts"],
     )
+
+
+def by_fraction(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that were trained on fractions of the images, fewest first, by what was trained."""
+    curves: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.training_images):
+        name, has_fraction, _ = row.name.partition("_fraction")
+        if has_fraction:
+            curves.setdefault(name, []).append(row)
+    return curves
 
 
 def read_results(run: Workdir) -> RunResults:

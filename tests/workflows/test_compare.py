@@ -151,6 +151,17 @@ def test_the_report_is_of_the_comparison_and_of_what_it_chose(finished):
         assert part in text
 
 
+def test_the_report_of_fractions_shows_the_learning_curve(copy):
+    path, caption = copy.comparison / "compare.json", "Accuracy against the number of training"
+    assert caption not in copy.report.read_text()
+    for name in NAMES:  # as if they were trained on half of the images
+        path.write_text(path.read_text().replace(f'"{name}"', f'"{name}_fraction0.5"'))
+    for run in list(copy.experiments.iterdir()):
+        run.rename(run.with_name(run.name.replace("_seed", "_fraction0.5_seed")))
+    report(copy)
+    assert caption in copy.report.read_text()
+
+
 def test_seeds_differ_in_training_and_share_what_is_compiled(finished, compiled):
     first, second = (variables(finished, label)["params"]["fc"] for label in LABELS[:2])
     assert not np.array_equal(first["kernel"], second["kernel"])
