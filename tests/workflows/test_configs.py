@@ -18,7 +18,7 @@ from tests.data.folders import write_folder
 
 # These take long to compile and differ from the others in depth alone, or are the same once more.
 LONG = ("resnet50", "resnet101", "resnet152", "compare", "degradation", "gradients", "preact1001")
-LONG += ("cross_validate", "learning_curve", "resnet34", "two_phase")
+LONG += ("cross_validate", "learning_curve", "plain34", "resnet34", "two_phase")
 NAMES = sorted(path.stem for path in SHIPPED.glob("[!_]*.py"))
 
 

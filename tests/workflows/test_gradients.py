@@ -52,6 +52,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_layer_of_every_network_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gradients, "create_model", two_blocks)
     config = small_config(**{"data.root": str(write_folder(tmp_path / "in", {"A": 8, "B": 8}))})
