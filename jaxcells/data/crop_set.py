@@ -137,17 +137,18 @@ def prepare_crop_set(directory: Path, root: str | Path, settings: CropSettings) 
         size = 0
     if split_by == "crop" and not size:  # used whole, an image is a crop
         split_by = "field"
-    used, notes = usable_fields(fields, size or None, settings.border)
-    if split_by == "field" and any(field.group != field.name for field in used):
+    if split_by == "field" and any(field.group != field.name for field in fields):
         split_by = "group"
-    else:
+    siblings = check_siblings(fields, split_by, settings.plane, settings.fold)
+    used, notes = usable_fields(fields, size or None, settings.border)
+    if split_by != "group":
         used = with_groups(used, split_by)
     places = None
     if settings.mask:
         places, note = find_cells(used, settings.mask, size, settings.border)
         used = [field for field in used if places[field.name]]
         notes.append(note)
-    notes += image_notes(used) + check_siblings(used, split_by, settings.plane, settings.fold)
+    notes += image_notes(used) + siblings
     if split_by not in ("field", "crop"):
         groups = sorted({field.group for field in used})
         policy = "column group" if split_by == "group" else f"data.split_by={split_by}"

@@ -131,7 +131,11 @@ def _refusal(fields: Sequence[Field], found: Sequence[Siblings], why: str) -> Er
     what = f"{_listed(found)} show one field each, {why}"
     words = sorted(filter(None, _words(found)))
     if masks := "|".join(filter(_is_mask, words)):
-        return Error(f"{what}: data.exclude='(?:^|[-_. /])({masks})[-_. /]' leaves the masks out")
+        return Error(
+            f"{what}: data.exclude='(?:^|[-_. /])({masks})[-_. /]' leaves the masks out; masks "
+            "that end alike, such as f0_mask.png beside f0.png, can also centre crops on their "
+            "cells: data.mask=_mask"
+        )
     starts = ("(.+?)", "^[^/]+/[^/]+/(.+?)", "([^/]+?)")
     word = f"(?:{'|'.join(map(re.escape, words))})"
     tails = (r"\.\w+$", r"\.ome\.\w+$")
@@ -152,7 +156,8 @@ def _refusal(fields: Sequence[Field], found: Sequence[Siblings], why: str) -> Er
     if (most := max(cures, default=(0, 0))) >= (len(SPLITS), 0):  # the finest
         cure = f"='{cures[most]}'"
     return Error(
-        f"{what}: training and test would share cells; data.split_by{cure} keeps each together, "
+        f"{what}: training and test would share cells; data.split_by{cure} keeps each together, as "
+        "images of their own (for stains as colours of one image, merge them into one file first), "
         "and data.split_by='(.+)' says that they are different fields"
     )
 

@@ -59,7 +59,7 @@ def find_groups(sources: Sequence[str], pattern: str, key: str) -> list[str]:
     matches = map(re.compile(pattern).search, sources)
     groups = [match[1] or "" if match else "" for match in matches]
     if missing := [s for s, group in zip(sources, groups, strict=True) if not group]:
-        raise Error(f"{key}={pattern!r} finds no group 1 in the path of {some(missing)}")
+        raise Error(f"{key}={pattern!r} finds no group 1 in the path of {some(sorted({*missing}))}")
     return groups
 
 

@@ -15,9 +15,9 @@ Light = Literal["good", "look", "bad", "unmeasured"]
 _ADVICE = {
     "independent fields": "take more images; say what they share (slide, day) by data.split_by",
     "leaks": "resized or recompressed copies of images go unnoticed: leave such out yourself",
-    "shortcuts": "test on images of another day, dish or microscope",
-    "baseline beaten": "report the best baseline beside the network",
-    "calibration": "use the calibrated probabilities; more validation images make them better",
+    "shortcuts": "compare exposure and stain of the classes; test on images of another day or dish",
+    "baseline beaten": "train longer; a network that is no better is of no use: report that",
+    "calibration": "more validation images and longer training make probabilities better",
     "convergence": "where it still improves, train longer (train.num_epochs)",
     "few crops": "take more images: more crops of the same images help less",
     "unknowns": "predict images of cells that the network does not know, and see what it says",
@@ -80,7 +80,12 @@ def run_checks(
         "few crops": _amounts(test, audit),
         "unknowns": _unknowns(evidence),
     }
-    return tuple(Check(name, *lit, _ADVICE[name]) for name, lit in found.items())
+    # What goes unnoticed is worth knowing where nothing was found, too.
+    advice = {
+        name: _ADVICE[name] if light != "good" or name == "leaks" else "nothing"
+        for name, (light, _) in found.items()
+    }
+    return tuple(Check(name, *lit, advice[name]) for name, lit in found.items())
 
 
 def _independence(evidence: Evidence, split_by: str) -> tuple[Light, str]:

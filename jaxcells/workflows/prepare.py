@@ -65,12 +65,26 @@ def check(config: ConfigDict, workdir: Workdir) -> None:
                 verify_pixels(crop_set)
             else:
                 logger.info("other settings, and nothing is trained here: drawing crops again")
-                shutil.rmtree(workdir.crops)
+                _draw_again(config, workdir)
         data = prepare_data(config, workdir)
         train, path = data.arrays["train"], workdir.figure("crops")
         plot_examples(train.images, train.labels, data.crop_set.class_names, path)
         logger.info("crops of every class are shown in %s", path)
         data.audit.raise_errors()
+
+
+def _draw_again(config: ConfigDict, workdir: Workdir) -> None:
+    """Draws other crops in the place of those that are there, which stay if that fails."""
+    before = workdir.crops.with_name("crops.before")
+    shutil.rmtree(before, ignore_errors=True)
+    workdir.crops.rename(before)
+    try:
+        prepare_crops(config, workdir)
+    except BaseException:
+        before.rename(workdir.crops)
+        raise
+    for folder in (before, workdir.arrays):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare_data(config: ConfigDict, workdir: Workdir) -> PreparedData:

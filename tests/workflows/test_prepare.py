@@ -64,6 +64,12 @@ def test_check_may_be_repeated_with_other_settings_until_something_is_trained(co
     prepare.check(config, workdir)
     data = prepare.prepare_data(config, workdir)
     assert data.arrays["train"].images.shape == (12, 40, 40, 1)
+    drawn = workdir.crops.joinpath("manifest.csv").read_bytes()
+    config.data.exclude = "png"
+    with pytest.raises(Error):
+        prepare.check(config, workdir)  # what was there stays where nothing can be drawn
+    assert workdir.crops.joinpath("manifest.csv").read_bytes() == drawn
+    config.data.exclude = ""
     config.data.crop_size = 32
     with pytest.raises(Error, match="drawn with other settings"):  # any other verb
         prepare.prepare_data(config, workdir)
