@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,7 @@ from jaxcells.data.crop_set import CropRecord, CropSet, pixel_sha256, read_crop
 from jaxcells.data.fields import SPLITS
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.rng import named_generator
-from jaxcells.files import staged
-
-logger = logging.getLogger("jaxcells")
+from jaxcells.files import logger, staged
 
 
 @dataclasses.dataclass(frozen=True)

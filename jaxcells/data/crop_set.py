@@ -10,7 +10,6 @@ import collections
 import csv
 import dataclasses
 import hashlib
-import logging
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -28,10 +27,17 @@ from jaxcells.data.parallel import parallel_map
 from jaxcells.data.sheet import SHEETS, find_in_sheet
 from jaxcells.data.siblings import check_siblings
 from jaxcells.data.splits import with_groups
-from jaxcells.files import Error, file_sha256, from_record, read_json, staged, write_csv, write_json
+from jaxcells.files import (
+    Error,
+    file_sha256,
+    from_record,
+    logger,
+    read_json,
+    staged,
+    write_csv,
+    write_json,
+)
 from jaxcells.text import some
-
-logger = logging.getLogger("jaxcells")
 
 _AGAIN = "choose another workdir, or delete that folder to draw again"
 _HEADER = "crop,class,channel,source,group,y,x,foreground,split,sha256"

@@ -6,7 +6,6 @@ The layout is `root/<class>/[<channel>/…/]<image>`. A folder that comes split 
 
 import collections
 import dataclasses
-import logging
 import os
 import re
 import shlex
@@ -17,10 +16,8 @@ from typing import NamedTuple
 from jaxcells.data.images import FOREIGN, SUFFIXES, ImageError, ImageInfo, inspect_image
 from jaxcells.data.parallel import parallel_map
 from jaxcells.data.picture import EXPORT
-from jaxcells.files import Error
+from jaxcells.files import Error, logger
 from jaxcells.text import counted, some
-
-logger = logging.getLogger("jaxcells")
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))

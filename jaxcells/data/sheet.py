@@ -8,17 +8,14 @@ backslashes in paths do not matter.
 
 import csv
 import io
-import logging
 import re
 from pathlib import Path, PurePosixPath
 
 from jaxcells.data.fields import SPLIT_OF, Field
 from jaxcells.data.images import ImageError, inspect_image
 from jaxcells.data.parallel import parallel_map
-from jaxcells.files import Error
+from jaxcells.files import Error, logger
 from jaxcells.text import some
-
-logger = logging.getLogger("jaxcells")
 
 SHEETS = (".csv", ".tsv")
 """Lower-case suffixes of sheets."""

@@ -20,10 +20,8 @@ from jaxcells.data.crop_set import open_crop_set, verify_pixels
 from jaxcells.data.fields import SPLIT_OF, SPLITS, is_hidden
 from jaxcells.data.images import read_image, write_crop
 from jaxcells.data.rng import named_generator
-from jaxcells.files import Error, read_json, staged, write_json
+from jaxcells.files import Error, logger, read_json, staged, write_json
 from jaxcells.text import one_line
-
-logger = logging.getLogger("jaxcells")
 
 _MARKER = ".tfds.json"
 
